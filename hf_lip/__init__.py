@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hf_lip: transformers models whose behaviour can be proved.
+
+Importing the package registers its models with the Auto classes and the task "certify" with `transformers.pipeline`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_PUBLIC = {
+    "CertifyPipeline": "pipelines.certify",
+    "LipschitzCertificate": "models.certificate",
+    "LipschitzVisionBackbone": "models.lipschitz_vision.modeling_lipschitz_vision",
+    "LipschitzVisionConfig": "models.lipschitz_vision.configuration_lipschitz_vision",
+    "LipschitzVisionForImageClassification": "models.lipschitz_vision.modeling_lipschitz_vision",
+    "LipschitzVisionImageProcessor": "models.lipschitz_vision.image_processing_pil_lipschitz_vision",
+    "LipschitzVisionImageProcessorPil": "models.lipschitz_vision.image_processing_pil_lipschitz_vision",
+    "LipschitzVisionModel": "models.lipschitz_vision.modeling_lipschitz_vision",
+    "certified_accuracy": "metrics",
+    "average_certified_radius": "metrics",
+    "verify_checkpoint": "checkpoints.verify",
+}
+
+if TYPE_CHECKING:
+    from .checkpoints.verify import verify_checkpoint
+    from .metrics import average_certified_radius, certified_accuracy
+    from .models.certificate import LipschitzCertificate
+    from .models.lipschitz_vision.configuration_lipschitz_vision import LipschitzVisionConfig
+    from .models.lipschitz_vision.image_processing_pil_lipschitz_vision import (
+        LipschitzVisionImageProcessor,
+        LipschitzVisionImageProcessorPil,
+    )
+    from .models.lipschitz_vision.modeling_lipschitz_vision import (
+        LipschitzVisionBackbone,
+        LipschitzVisionForImageClassification,
+        LipschitzVisionModel,
+    )
+    from .pipelines.certify import CertifyPipeline
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+from .registration import register as _register  # noqa: E402
+
+
+_register()

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading and saving of models that carry a certificate: nothing missing, nothing extra, nothing half-written."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from .. import __version__
+from ..layers.base import RescaledModule
+from .certificate import CERTIFICATE_NAME, LipschitzCertificate, weights_sha256
+
+
+logger = logging.get_logger(__name__)
+
+# arguments of `from_pretrained` that say where files come from
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def package_versions() -> dict[str, str]:
+    return {"hf_lip": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Raise if a local folder holds pickled weights and no safetensors."""
+    if not folder.is_dir() or any(folder.rglob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ValueError(
+            f"{folder} holds {', '.join(pickles)} and no model.safetensors. Pickles can run code and are not loaded: convert "
+            "the weights with `safetensors.torch.save_file` in an environment you trust."
+        )
+
+
+def replace_files(staging: Path, target: Path) -> None:
+    """Move whole files over old ones; weights of a former, larger save that are no longer part of it are removed."""
+    new = sorted(path for path in staging.iterdir() if path.is_file())
+    for path in new:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    for path in new:
+        os.replace(path, target / path.name)
+    names = {path.name for path in new}
+    for path in target.glob("model*.safetensors*"):
+        if path.name not in names:
+            path.unlink()
+
+
+class CertifiedPreTrainedModel(PreTrainedModel):
+    """`PreTrainedModel` whose checkpoints are complete, finite, safetensors only, and written atomically."""
+
+    def rescaled_modules(self) -> list[RescaledModule]:
+        return [module for module in self.modules() if isinstance(module, RescaledModule)]
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Make the stored rescalings belong to the weights, where training may have changed them."""
+        for module in self.rescaled_modules():
+            module.freeze_if_stale()
+
+    def tensor_state(self) -> tuple:
+        """Changes whenever a tensor is replaced, cast, or written to in place (not through `.data`)."""
+        return tuple(
+            (id(tensor), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
+            for tensor in (*self.parameters(), *self.buffers())
+        )
+
+    def require_loaded_tensors(self) -> None:
+        """Raise if tensors are offloaded, since what is not in memory can not be certified."""
+        for name, tensor in self.state_dict().items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"{name} is offloaded and has no data in memory: load the model without disk offload to certify it."
+                )
+
+    def require_finite(self, source: str) -> None:
+        """Raise unless every tensor is finite, naming the first that is not."""
+        for name, tensor in self.state_dict().items():
+            if not tensor.is_meta and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} in {source} holds NaN or infinite values: the checkpoint is damaged.")
+
+    @staticmethod
+    def progress_over(items: Sequence, progress: bool) -> Any:
+        return logging.tqdm(items, desc="certify", disable=not progress)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers, and in addition: only safetensors; missing, unexpected or non-finite tensors are errors; the
+        certificate beside the weights is checked against them.
+
+        `ignore_mismatched_sizes=True` allows a new head (fine-tuning): missing and mismatched tensors of the head are
+        then initialised.
+
+        Raises:
+            ValueError: naming the file or tensor and the remedy.
+        """
+        source = str(pretrained_model_name_or_path)
+        refuse_pickle(Path(source) / kwargs.get("subfolder", ""))
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("`use_safetensors=False` is not supported: pickled weights can run code.")
+        return_info = kwargs.pop("output_loading_info", False)
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        new_head = kwargs.get("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {source} are truncated or not in the safetensors format ({error}): fetch them again."
+            ) from error
+        problems = {
+            "missing": sorted(
+                name for name in info["missing_keys"] if not (new_head and name.startswith("classifier."))
+            ),
+            "unexpected": sorted(info["unexpected_keys"]),
+            "mismatched": [] if new_head else sorted(str(key) for key in info["mismatched_keys"]),
+        }
+        if any(problems.values()):
+            listing = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+            raise ValueError(
+                f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is initialised or "
+                "dropped silently: use the checkpoint's own config, or `ignore_mismatched_sizes=True` for a new head."
+            )
+        model.require_finite(source)
+        if not info["missing_keys"] and not info["mismatched_keys"]:
+            model.adopt_certificate(source, hub_arguments)
+        return (model, info) if return_info else model
+
+    def adopt_certificate(self, source: str, hub_arguments: dict[str, Any]) -> None:
+        """Take over the certificate beside the weights if this class has one; a cast model is frozen and certified anew."""
+        if not hasattr(self, "attach_certificate") or any(tensor.is_meta for tensor in self.state_dict().values()):
+            return
+        path = cached_file(source, CERTIFICATE_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        if path is None:
+            return
+        certificate = LipschitzCertificate.load(path)
+        dtype = str(self.dtype).removeprefix("torch.")
+        if certificate.dtype != dtype:
+            logger.warning(
+                f"{source} is certified in {certificate.dtype} and loaded in {dtype}: its rescalings and its certificate are "
+                "computed afresh for the weights as cast."
+            )
+            for module in self.rescaled_modules():
+                module.freeze()
+            return
+        certificate.require_match(weights_sha256(self.state_dict()), self.config.architecture(), source)
+        self.attach_certificate(certificate)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in transformers, with the certificate beside the weights. Files are written aside and then moved over the old
+        ones, so that a kill during the save leaves the old checkpoint."""
+        self.freeze()
+        if not is_main_process:
+            return
+        target = Path(save_directory)
+        if target.is_file():
+            raise NotADirectoryError(f"`save_directory` {target} is a file.")
+        target.mkdir(parents=True, exist_ok=True)
+        hub_keys = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+        hub_arguments = {name: kwargs.pop(name) for name in hub_keys if name in kwargs}
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+            super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+            if hasattr(self, "certify"):
+                self.write_certificate(Path(staging), state_dict)
+            replace_files(Path(staging), target)
+        if push_to_hub:
+            self.push_to_hub(hub_arguments.pop("repo_id", target.resolve().name), **hub_arguments)
+
+    def write_certificate(self, folder: Path, state_dict: dict | None) -> None:
+        certificate = getattr(self, "certificate", None) or self.certify()  # type: ignore[operator]
+        if state_dict is not None and weights_sha256(state_dict) != certificate.weights_sha256:
+            raise ValueError(
+                "`state_dict` differs from the model's own weights, which are what the certificate is for: load it into the "
+                "model and save without `state_dict`."
+            )
+        certificate.save(folder)

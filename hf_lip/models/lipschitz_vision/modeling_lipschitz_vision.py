@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""1-Lipschitz image networks: normalisation, stages of certified blocks, dense neck, linear head.
+
+Every part is a node with a certified bound; the network's constant is the product over the nodes, in the order in which
+`forward` runs them. In training the fast rescalings act; in evaluation the stored ones, which `certify` checks in float64.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoolingAndNoAttention
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from ...layers.activations import ACTIVATIONS
+from ...layers.base import LipschitzModule, product_up
+from ...layers.heads import HEADS, ClassifierHead, certified_radius
+from ...layers.linear import AOLConv2d, AOLLinear, SRConv2d, SRLinear
+from ...layers.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from ...layers.shape import Flatten, InputNormalization, PixelUnshuffle, SumPool2d, match_channels
+from ..certificate import LipschitzCertificate, weights_sha256
+from ..certified_model import CertifiedPreTrainedModel, package_versions
+from .configuration_lipschitz_vision import LipschitzVisionConfig
+
+
+Nodes = Iterator[tuple[str, LipschitzModule]]
+
+
+@dataclass
+class LipschitzImageClassifierOutput(ModelOutput):
+    """
+    Output of an image classifier with a certificate.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): when `labels` are given.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`).
+        certified_radius (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): radius, l2 on pixels in [0, 1],
+            inside which the label of `logits` cannot change. Absent in training mode.
+        lipschitz_constant (`torch.DoubleTensor` of shape `()`, *optional*): certified bound of pixels -> logits, l2 to l2.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): stem and stages.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    certified_radius: Tensor | None = None
+    lipschitz_constant: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def conv_layer(config: LipschitzVisionConfig, channels: int, image_size: int) -> LipschitzModule:
+    """The convolutional layer of a block, channels -> channels at `image_size`."""
+    geometry = {"kernel_size": config.kernel_size, "padding_mode": config.padding_mode}
+    hidden = config.conv_hidden_size or channels
+    if config.block_type == "cpl":
+        return CPLConv2d(channels, hidden, image_size, activation=config.hidden_act, **geometry)
+    if config.block_type == "sll":
+        iterations = config.num_iterations
+        return SLLConv2d(
+            channels, hidden, image_size, activation=config.hidden_act, num_iterations=iterations, **geometry
+        )
+    if config.block_type == "aol":
+        return AOLConv2d(channels, channels, image_size, **geometry)
+    return SRConv2d(channels, channels, image_size, num_iterations=config.num_iterations, **geometry)
+
+
+def dense_layer(config: LipschitzVisionConfig, features: int) -> LipschitzModule:
+    """The dense layer of a block, features -> features."""
+    hidden = config.dense_hidden_size or features
+    if config.block_type == "cpl":
+        return CPLLinear(features, hidden, activation=config.hidden_act)
+    if config.block_type == "sll":
+        return SLLLinear(features, hidden, activation=config.hidden_act, num_iterations=config.num_iterations)
+    if config.block_type == "aol":
+        return AOLLinear(features, features)
+    return SRLinear(features, features, num_iterations=config.num_iterations)
+
+
+class LipschitzVisionBlock(GradientCheckpointingLayer):
+    """A layer, then the activation if the config has one."""
+
+    def __init__(self, config: LipschitzVisionConfig, layer: LipschitzModule, num_channels: int):
+        super().__init__()
+        self.layer = layer
+        name = config.block_activation
+        self.activation = None if name is None else ACTIVATIONS[name](num_channels)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.layer(hidden_states)
+        return hidden_states if self.activation is None else self.activation(hidden_states)
+
+    def nodes(self) -> Nodes:
+        yield "layer", self.layer
+        if self.activation is not None:
+            yield "activation", self.activation
+
+
+def block_nodes(blocks: nn.ModuleList) -> Nodes:
+    for index, block in enumerate(blocks):
+        for name, node in block.nodes():  # type: ignore[operator]
+            yield f"blocks.{index}.{name}", node
+
+
+class LipschitzVisionStage(nn.Module):
+    """Downsampling, change of width, blocks: (B, C, H, W) -> (B, hidden_sizes[i], H / f, W / f)."""
+
+    def __init__(self, config: LipschitzVisionConfig, index: int, in_channels: int, in_size: int):
+        super().__init__()
+        factor = config.downsample_factors[index]
+        channels = config.hidden_sizes[index]
+        self.downsample: LipschitzModule | None = None
+        if factor > 1:
+            pool = config.downsample_type == "pool"
+            self.downsample = SumPool2d(factor) if pool else PixelUnshuffle(factor)
+            in_channels *= 1 if pool else factor**2
+        self.channels = match_channels(in_channels, channels)
+        self.blocks = nn.ModuleList(
+            LipschitzVisionBlock(config, conv_layer(config, channels, in_size // factor), channels)
+            for _ in range(config.depths[index])
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.downsample is not None:
+            hidden_states = self.downsample(hidden_states)
+        if self.channels is not None:
+            hidden_states = self.channels(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+    def nodes(self) -> Nodes:
+        if self.downsample is not None:
+            yield "downsample", self.downsample
+        if self.channels is not None:
+            yield "channels", self.channels
+        yield from block_nodes(self.blocks)
+
+
+class LipschitzVisionNeck(nn.Module):
+    """Sum pooling, flattening, change of width, dense blocks: (B, C, H, W) -> (B, feature_size)."""
+
+    def __init__(self, config: LipschitzVisionConfig):
+        super().__init__()
+        self.pool = SumPool2d(config.pool_size) if config.pool_size > 1 else None
+        self.flatten = Flatten()
+        features = config.feature_size
+        self.channels = match_channels(config.flattened_size, features)
+        self.blocks = nn.ModuleList(
+            LipschitzVisionBlock(config, dense_layer(config, features), features)
+            for _ in range(config.num_dense_layers)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.pool is not None:
+            hidden_states = self.pool(hidden_states)
+        hidden_states = self.flatten(hidden_states)
+        if self.channels is not None:
+            hidden_states = self.channels(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+    def nodes(self) -> Nodes:
+        if self.pool is not None:
+            yield "pool", self.pool
+        yield "flatten", self.flatten
+        if self.channels is not None:
+            yield "channels", self.channels
+        yield from block_nodes(self.blocks)
+
+
+def build_stages(config: LipschitzVisionConfig) -> nn.ModuleList:
+    stages = nn.ModuleList()
+    channels, size = config.num_channels, config.image_size
+    for index, factor in enumerate(config.downsample_factors):
+        stages.append(LipschitzVisionStage(config, index, channels, size))
+        channels, size = config.hidden_sizes[index], size // factor
+    return stages
+
+
+class LipschitzVisionPreTrainedModel(CertifiedPreTrainedModel):
+    config: LipschitzVisionConfig
+    base_model_prefix = "lipschitz_vision"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LipschitzVisionBlock"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": LipschitzVisionStage}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LipschitzModule) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+
+    def check_pixel_values(self, pixel_values: Tensor) -> None:
+        """Raise unless `pixel_values` is a non-empty floating-point batch of the model's image shape."""
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+            kind = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            raise TypeError(
+                f"`pixel_values` must be a floating-point tensor of pixels in [0, 1], got {kind}: divide 8-bit pixels by "
+                "255, or use the model's image processor."
+            )
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"`pixel_values` must have shape (batch, {', '.join(map(str, expected))}), got "
+                f"{tuple(pixel_values.shape)}. The certificate holds for this size: use the model's image processor."
+            )
+        if pixel_values.shape[0] == 0:
+            raise ValueError("`pixel_values` is an empty batch: pass at least one image.")
+
+
+class LipschitzVisionModel(LipschitzVisionPreTrainedModel):
+    """Pixels in [0, 1] (B, C, H, W) -> `last_hidden_state` (B, C', H', W') and `pooler_output` (B, feature_size)."""
+
+    def __init__(self, config: LipschitzVisionConfig):
+        super().__init__(config)
+        self.stem = InputNormalization(config.image_mean, config.image_std)
+        self.stages = build_stages(config)
+        self.neck = LipschitzVisionNeck(config)
+        self.post_init()
+
+    def nodes(self) -> Nodes:
+        """Every part with its name, in the order of the forward pass."""
+        yield "stem", self.stem
+        for index, stage in enumerate(self.stages):
+            for name, node in stage.nodes():  # type: ignore[operator]
+                yield f"stages.{index}.{name}", node
+        for name, node in self.neck.nodes():
+            yield f"neck.{name}", node
+
+    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """Runs in the dtype of `pixel_values`; weights are cast to it exactly or upwards."""
+        self.check_pixel_values(pixel_values)
+        hidden_states = self.stem(pixel_values)
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=hidden_states, pooler_output=self.neck(hidden_states)
+        )
+
+
+class LipschitzVisionBackbone(BackboneMixin, LipschitzVisionPreTrainedModel):
+    """Feature maps of `stem`, `stage1`, ..., each 1 / min(std)-Lipschitz in the pixels as far as its blocks are."""
+
+    has_attentions = False
+    _keys_to_ignore_on_load_unexpected = [r"neck\.", r"^classifier\."]  # noqa: RUF012
+
+    def __init__(self, config: LipschitzVisionConfig):
+        super().__init__(config)
+        self.num_features = [config.num_channels, *config.hidden_sizes]
+        self.stem = InputNormalization(config.image_mean, config.image_std)
+        self.stages = build_stages(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        self.check_pixel_values(pixel_values)
+        hidden_states = self.stem(pixel_values)
+        maps = [hidden_states]
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+            maps.append(hidden_states)
+        selected = tuple(feature for name, feature in zip(self.stage_names, maps) if name in self.out_features)
+        return BackboneOutput(feature_maps=selected)
+
+
+class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
+    """Image classifier that answers with a certified radius.
+
+    In evaluation mode `forward` runs in float64 and returns, beside the logits, the l2 radius in pixel units inside which
+    the label cannot change, from the per-pair constants of the head (lipschitz-layers section 5.1). With
+    `output_certified_radius=False`, and in training mode, it runs in the dtype of the weights and returns logits only.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: LipschitzVisionConfig):
+        super().__init__(config)
+        if config.num_labels < 2:
+            raise ValueError(
+                f"`num_labels` must be at least 2 for a classifier with a margin, got {config.num_labels}."
+            )
+        self.num_labels = config.num_labels
+        self.lipschitz_vision = LipschitzVisionModel(config)
+        self.classifier: ClassifierHead = HEADS[config.head_type](config.feature_size, config.num_labels)
+        self._certified: LipschitzCertificate | None = None
+        self._certified_state: tuple = ()
+        self._pair_distances: Tensor | None = None
+        self.post_init()
+
+    def nodes(self) -> Nodes:
+        """Every part in front of the head, with its name in the checkpoint."""
+        for name, node in self.lipschitz_vision.nodes():
+            yield f"lipschitz_vision.{name}", node
+
+    @property
+    def certificate(self) -> LipschitzCertificate | None:
+        """The certificate, if there is one and no tensor was replaced, cast or written to since."""
+        return self._certified if self._certified_state == self.tensor_state() else None
+
+    def attach_certificate(self, certificate: LipschitzCertificate) -> None:
+        self._certified = certificate
+        self._certified_state = self.tensor_state()
+        # constants of pairs are cheap and their table can be large, so they are not read from the file
+        self._pair_distances = self.classifier.pair_distances()
+
+    @torch.no_grad()
+    def certify(self, progress: bool = False) -> LipschitzCertificate:
+        """Prove the constants of the evaluation-mode function in float64 and keep the result as `certificate`.
+
+        Args:
+            progress: show a progress bar over the layers.
+
+        Raises:
+            ValueError: if a weight is not finite.
+        """
+        self.require_loaded_tensors()
+        self.freeze()
+        config = self.config
+        pixels = config.image_size**2
+        norm, error, constant = 1.0, 0.0, 1.0
+        layers = []
+        for name, node in self.progress_over(list(self.nodes()), progress):
+            bound = node.lipschitz_bound()
+            if isinstance(node, InputNormalization):
+                norm, error = node.input_bounds(pixels)
+            else:
+                norm, error = node.propagate(norm, error, bound)
+            constant = product_up(constant, bound)
+            layers.append({"name": name, "kind": type(node).__name__, "bound": bound, "method": node.proof})
+        head = self.classifier
+        head_norm = head.lipschitz_bound()
+        layers.append({"name": "classifier", "kind": type(head).__name__, "bound": head_norm, "method": head.proof})
+        certificate = LipschitzCertificate(
+            model_type=config.model_type,
+            lipschitz_constant=product_up(constant, head_norm),
+            feature_constant=constant,
+            head={
+                "type": config.head_type,
+                "rule": "per_pair_all_classes",
+                "norm": head_norm,
+                "max_pair_distance": float(head.pair_distances().max()),
+            },
+            evaluation_error=head.logit_error(norm, error),
+            input_shape=[config.num_channels, config.image_size, config.image_size],
+            dtype=str(self.dtype).removeprefix("torch."),
+            weights_sha256=weights_sha256(self.state_dict()),
+            architecture=config.architecture(),
+            layers=layers,
+            versions=package_versions(),
+        )
+        self.attach_certificate(certificate)
+        return certificate
+
+    def current_certificate(self) -> LipschitzCertificate:
+        if torch.compiler.is_compiling():
+            if self._certified is None:
+                raise RuntimeError(
+                    "Call `model.certify()` once before compiling, or pass `output_certified_radius=False`."
+                )
+            return self._certified
+        return self.certificate or self.certify()
+
+    def check_pixel_range(self, pixel_values: Tensor) -> None:
+        """Raise on NaN, infinite or out-of-range pixels: their radius would be in another unit."""
+        if not torch.isfinite(pixel_values).all():
+            raise ValueError("`pixel_values` holds NaN or infinite values.")
+        low, high = pixel_values.min().item(), pixel_values.max().item()
+        if low < 0.0 or high > 1.0:
+            raise ValueError(
+                f"`pixel_values` must lie in [0, 1], got [{low:.4g}, {high:.4g}]: radii are in that unit. Divide 8-bit pixels "
+                "by 255; to evaluate the logits of other inputs (noise, attacks) pass `output_certified_radius=False`."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_certified_radius: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LipschitzImageClassifierOutput:
+        """
+        Args:
+            pixel_values: (B, C, H, W), pixels in [0, 1].
+            labels: (B,) class indices; adds the cross-entropy loss.
+            output_certified_radius: default True in evaluation mode (float64), not available in training mode.
+        """
+        certified = not self.training if output_certified_radius is None else output_certified_radius
+        if certified and self.training:
+            raise ValueError("`output_certified_radius` needs evaluation mode: call `model.eval()` first.")
+        self.check_pixel_values(pixel_values)
+        if certified:
+            if not torch.compiler.is_compiling():
+                self.check_pixel_range(pixel_values)
+            certificate = self.current_certificate()
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                outputs = self.lipschitz_vision(pixel_values.double(), **kwargs)
+                logits = self.classifier(outputs.pooler_output)
+            out_dtype = torch.promote_types(self.dtype, torch.float32)
+            _, radius = certified_radius(
+                logits,
+                self._pair_distances,
+                certificate.feature_constant,
+                certificate.evaluation_error,
+                output_roundoff=torch.finfo(out_dtype).eps / 2,
+            )
+            constant = radius.new_tensor(certificate.lipschitz_constant)
+            logits = logits.to(out_dtype)
+        else:
+            outputs = self.lipschitz_vision(pixel_values.to(self.dtype), **kwargs)
+            logits = self.classifier(outputs.pooler_output)
+            radius = constant = None
+        loss = None
+        if labels is not None:
+            if not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= self.num_labels):
+                raise ValueError(
+                    f"`labels` must lie in [0, {self.num_labels - 1}], got [{labels.min().item()}, {labels.max().item()}]: "
+                    "set `num_labels` of the config to the number of classes in the data."
+                )
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return LipschitzImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            certified_radius=radius,
+            lipschitz_constant=constant,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+__all__ = [
+    "LipschitzImageClassifierOutput",
+    "LipschitzVisionBackbone",
+    "LipschitzVisionForImageClassification",
+    "LipschitzVisionModel",
+    "LipschitzVisionPreTrainedModel",
+]

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that talks to the registries of transformers. Safe to run twice."""
+
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .assets import DEFAULT_MODEL_DIR
+from .models.lipschitz_vision.configuration_lipschitz_vision import LipschitzVisionConfig
+from .models.lipschitz_vision.image_processing_pil_lipschitz_vision import LipschitzVisionImageProcessorPil
+from .models.lipschitz_vision.modeling_lipschitz_vision import (
+    LipschitzVisionBackbone,
+    LipschitzVisionForImageClassification,
+    LipschitzVisionModel,
+)
+from .pipelines.certify import CertifyPipeline
+
+
+def register() -> None:
+    """Register every class of the package with the Auto classes, and the task "certify" with the pipelines."""
+    AutoConfig.register("lipschitz_vision", LipschitzVisionConfig, exist_ok=True)
+    AutoModel.register(LipschitzVisionConfig, LipschitzVisionModel, exist_ok=True)
+    AutoModelForImageClassification.register(
+        LipschitzVisionConfig, LipschitzVisionForImageClassification, exist_ok=True
+    )
+    AutoBackbone.register(LipschitzVisionConfig, LipschitzVisionBackbone, exist_ok=True)
+    AutoImageProcessor.register(
+        LipschitzVisionConfig, image_processor_classes={"pil": LipschitzVisionImageProcessorPil}, exist_ok=True
+    )
+    PIPELINE_REGISTRY.register_pipeline(
+        "certify",
+        pipeline_class=CertifyPipeline,
+        pt_model=AutoModelForImageClassification,
+        # the embedded checkpoint: a local folder works as an id and needs no network
+        default={"model": (str(DEFAULT_MODEL_DIR), "main")},
+        type="image",
+    )

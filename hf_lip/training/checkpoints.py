@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of an Accelerate run, for exact resume.
+
+A checkpoint folder is written under a temporary name and renamed when whole, so that `kill -9` at any moment leaves
+the earlier ones usable. Weights and averages are safetensors; optimiser and random states are torch pickles written by
+Accelerate, so only those in the run's own folder are loaded (`find_checkpoint`), with `weights_only=True`.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from .averaging import EvaluationCopy
+from .run_folder import STATE_NAME, prune_checkpoints, publish_checkpoint, unfinished_folder, write_json
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+AVERAGES_NAME = "averages.safetensors"
+
+__all__ = ["RunState", "load_checkpoint", "save_checkpoint"]
+
+
+@dataclass
+class RunState:
+    """What a checkpoint knows beside weights, optimiser and random states."""
+
+    step: int = 0
+    # mean over the processes of the sum of the losses of the current epoch so far
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: RunState,
+    identity: dict[str, Any],
+    accelerator: "Accelerator",
+    evaluated: EvaluationCopy,
+    *,
+    keep: int,
+) -> None:
+    """Write `checkpoint-<step>` and delete all but the newest `keep`. To be called by every process.
+
+    Args:
+        identity: the arguments that fix the weights of the run; `load_checkpoint` asks for the same.
+    """
+    folder = unfinished_folder(output_dir, state.step)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(folder))
+    if accelerator.is_main_process and evaluated.decay is not None:
+        save_file(evaluated.state_dict(), folder / AVERAGES_NAME)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # last: a folder without this file does not count as a checkpoint
+        whole = {"state": asdict(state), "arguments": identity, "num_processes": accelerator.num_processes}
+        write_json(folder / STATE_NAME, whole)
+        publish_checkpoint(output_dir, state.step)
+        prune_checkpoints(output_dir, keep)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(
+    folder: Path, identity: dict[str, Any], accelerator: "Accelerator", evaluated: EvaluationCopy
+) -> RunState:
+    """Put back into the prepared model, optimiser and averages what `save_checkpoint` wrote.
+
+    Args:
+        folder: from `find_checkpoint`.
+
+    Raises:
+        ValueError: other arguments or another number of processes than those of the run.
+    """
+    saved = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    changed = {
+        name: saved["arguments"].get(name) for name in identity if saved["arguments"].get(name) != identity[name]
+    }
+    if changed:
+        raise ValueError(f"{folder.name} belongs to a run with other arguments; resume it with {changed}.")
+    if saved["num_processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"{folder.name} was written by {saved['num_processes']} processes, this run has {accelerator.num_processes}: "
+            "resume with as many."
+        )
+    accelerator.load_state(str(folder))
+    if evaluated.decay is not None:
+        evaluated.load_state_dict(load_file(folder / AVERAGES_NAME))
+    return RunState(**saved["state"])

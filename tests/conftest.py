@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thread, no network, fixed seeds: what the tests print can be printed again."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
