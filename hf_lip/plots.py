@@ -45,6 +45,7 @@ def plot_certified_accuracy(
     figure_class, canvas_class = _matplotlib()
     eps, accuracy = certified_accuracy_curve(radii, correct)
     acr = average_certified_radius(radii, correct)
+    right = 0.1 if ax is None else ax.get_xlim()[1]
     if ax is None:
         figure = figure_class(figsize=(6.4, 4.2), layout="constrained")
         canvas_class(figure)
@@ -56,7 +57,7 @@ def plot_certified_accuracy(
     )
     clean = 100.0 * float(np.mean(np.asarray(correct).astype(bool)))
     ax.plot([0.0], [clean], marker="o", color=line.get_color(), clip_on=False)
-    ax.set_xlim(0.0, max(ax.get_xlim()[1] if len(ax.lines) > 2 else 0.0, 1.05 * float(eps[-1]), 0.1))
+    ax.set_xlim(0.0, max(right, 1.05 * float(eps[-1])))
     ax.legend(loc="upper right")
     if title is not None:
         ax.set_title(title)
@@ -70,12 +71,12 @@ def _decorate(ax: "Axes") -> None:
     ax.set_ylabel("certified accuracy (%)")
     ax.set_ylim(0.0, 100.0)
     ax.grid(alpha=0.3)
-    for name, radius in STANDARD_RADII.items():
-        ax.axvline(radius, color="0.6", linewidth=0.8, linestyle=":", gid="standard-radius")
-        ax.annotate(
-            name, (radius, 1.0), xycoords=("data", "axes fraction"), xytext=(2, -4), textcoords="offset points",
-            rotation=90, va="top", fontsize=7, color="0.4", annotation_clip=True,
-        )  # fmt: skip
+    for radius in STANDARD_RADII.values():
+        ax.axvline(radius, color="0.6", linewidth=0.8, linestyle=":")
+    # on an axis of their own, where neither curves nor the legend can cover the names
+    names = ax.secondary_xaxis("top")
+    names.set_xticks(list(STANDARD_RADII.values()), list(STANDARD_RADII), rotation=90, fontsize=7, color="0.4")
+    names.tick_params(length=0)
 
 
 def _save(ax: "Axes", path: Path) -> None:

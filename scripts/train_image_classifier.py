@@ -14,8 +14,9 @@ A folder of parquet files or of images, or a data set of the Hub, with a named s
 
 Two processes on CPU (`accelerate launch --cpu --num_processes 2` would start one); interrupted and taken up again:
 
-    torchrun --standalone --nproc-per-node 2 scripts/train_image_classifier.py --cpu ... --checkpointing_steps epoch
-    torchrun --standalone --nproc-per-node 2 scripts/train_image_classifier.py --cpu ... --resume_from_checkpoint latest
+    torchrun --standalone --nproc-per-node 2 scripts/train_image_classifier.py --cpu --checkpointing_steps epoch ...
+    torchrun --standalone --nproc-per-node 2 scripts/train_image_classifier.py --cpu --checkpointing_steps epoch ... \
+        --resume_from_checkpoint latest
 
 Published recipes (offset is the dial between clean accuracy and certified accuracy at large radii):
 
@@ -62,7 +63,7 @@ from hf_lip.training import (
     pairwise_row_distances,
     to_float_pixels,
 )
-from hf_lip.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from hf_lip.training.arguments import DataArguments, ModelArguments, TrainingArguments, run_identity
 from hf_lip.training.checkpoints import RunState, load_checkpoint, save_checkpoint
 from hf_lip.training.run_folder import find_checkpoint, list_checkpoints, remove_checkpoint, write_json
 from hf_lip.training.splits import Split, read_split
@@ -71,17 +72,12 @@ from hf_lip.training.splits import Split, read_split
 RESULTS_NAME = "results.json"
 # what a push uploads; checkpoints, with their optimiser states, stay here
 PUBLIC_FILES = ["*.json", "model*.safetensors", "README.md"]
-# arguments that may change when a run is continued, since they do not change its weights
-FREE_ON_RESUME = set(
-    "output_dir overwrite_output_dir resume_from_checkpoint max_train_seconds eval_batch_size eval_epochs "
-    "eval_split max_eval_samples logging_steps checkpointing_steps checkpoints_total_limit report_to "
-    "push_to_hub hub_model_id hub_token".split()
-)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
     """Parse and check whatever can be checked without work; exits with a usage message otherwise."""
-    parser = HfArgumentParser((DataArguments, ModelArguments, TrainingArguments), description=__doc__.split("\n")[0])
+    kinds: Any = (DataArguments, ModelArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds, description=(__doc__ or "").split("\n")[0])
     try:
         data, model, args = parser.parse_args_into_dataclasses(argv)
         args.check_output_dir()
@@ -168,11 +164,10 @@ def prepare_data_and_model(
 
 
 def make_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
-    shared = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    shared: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=args.momentum, **shared)
-    beta1, beta2 = args.adam_betas
-    return torch.optim.Adam(model.parameters(), betas=(beta1, beta2), **shared)
+    return torch.optim.Adam(model.parameters(), betas=(args.adam_betas[0], args.adam_betas[1]), **shared)
 
 
 def training_loss(
@@ -187,8 +182,8 @@ def training_loss(
     if args.loss == "xent":
         return margin_cross_entropy(logits, labels, offset=args.offset, temperature=args.temperature)
     # the features are 1-Lipschitz but for the division by the standard deviation
-    distances = pairwise_row_distances(model.classifier.effective_weight()).to(logits.device)
-    constants = distances / min(model.config.image_std)
+    distances = pairwise_row_distances(model.classifier.effective_weight())  # type: ignore[operator]
+    constants = distances.to(logits.device) / min(model.config.image_std or [1.0])
     epsilon = linear_ramp(progress, args.epsilon / 30, args.epsilon)
     return emma_loss(logits, labels, constants, epsilon=epsilon, temperature=args.temperature)
 
@@ -241,22 +236,30 @@ def train_model(
     started, cpu_started = time.perf_counter() - state.seconds, time.process_time() - state.cpu_seconds
     loss_sum = torch.tensor(state.loss_sum, dtype=torch.float64, device=accelerator.device)
 
+    def measure() -> float:
+        """Bring `state` up to date; the mean loss of the epoch so far."""
+        state.loss_sum = accelerator.reduce(loss_sum, reduction="mean").item()
+        state.seconds, state.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        if not (math.isfinite(state.loss_sum) and all(p.isfinite().all() for p in plain_model.parameters())):
+            raise RuntimeError(
+                f"Training has diverged: NaN or infinite loss or weights at step {state.step}. Lower --learning_rate, "
+                "set --max_grad_norm or use --mixed_precision no. The checkpoints written so far are finite."
+            )
+        return state.loss_sum / ((state.step - 1) % steps_per_epoch + 1)
+
     def save() -> None:
         keep = args.checkpoints_total_limit
         save_checkpoint(Path(args.output_dir), state, identity, accelerator, evaluated, keep=keep)
 
-    def out_of_time() -> bool:
-        if args.max_train_seconds is None:
-            return False
-        # one clock decides for all processes
-        return broadcast_object_list([time.perf_counter() - started > args.max_train_seconds])[0]
-
     model.train()
     bar = tqdm(total=total_steps, initial=state.step, desc="training", disable=not accelerator.is_main_process)
     while state.step < total_steps:
-        if out_of_time():
-            tqdm.write(f"Stopped after {state.seconds:.0f} s at step {state.step} of {total_steps}.")
+        # one clock decides for all processes
+        limit = args.max_train_seconds
+        if limit is not None and broadcast_object_list([time.perf_counter() - started > limit])[0]:
+            measure()
             save()
+            accelerator.print(f"Stopped after {state.seconds:.0f} s at step {state.step} of {total_steps}.")
             break
         epoch, position = divmod(state.step, steps_per_epoch)
         images, labels = batches.batch(
@@ -270,46 +273,35 @@ def train_model(
         loss = training_loss(model(pixel_values=images).logits, labels, plain_model, args, progress)
         accelerator.backward(loss)
         state.step += 1
+        loss_sum += loss.detach()
         logs = state.step % args.logging_steps == 0
         if logs or args.max_grad_norm is not None:
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         evaluated.update(plain_model, state.step - 1)
-        loss_sum += loss.detach()
         bar.update()
 
-        ends_epoch = state.step % steps_per_epoch == 0
-        saves = interval is not None and (state.step % interval == 0 or state.step == total_steps)
-        if logs or ends_epoch or saves:
-            state.loss_sum = accelerator.reduce(loss_sum, reduction="mean").item()
-            state.seconds, state.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-            mean_loss = state.loss_sum / (position + 1)
-            if not math.isfinite(mean_loss):
-                raise RuntimeError(
-                    f"The loss became {mean_loss} before step {state.step}: lower --learning_rate, set --max_grad_norm, "
-                    "or train with --mixed_precision no. Checkpoints written so far are finite."
-                )
-            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.2e}")
         if logs:
-            train_log = {"loss": mean_loss, "learning_rate": learning_rate, "grad_norm": float(grad_norm)}
-            accelerator.log({f"train/{name}": value for name, value in train_log.items()}, step=state.step)
-        if ends_epoch:
-            entry: dict[str, Any] = {"epoch": epoch + 1, "step": state.step, "loss": mean_loss}
-            line = f"epoch {epoch + 1}/{args.num_train_epochs}  loss {mean_loss:.4f}"
+            mean_loss = measure()
+            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.2e}")
+            log = {"loss": mean_loss, "learning_rate": learning_rate, "grad_norm": float(grad_norm)}
+            accelerator.log({f"train/{name}": value for name, value in log.items()}, step=state.step)
+        if position == steps_per_epoch - 1:
+            entry: dict[str, Any] = {"epoch": epoch + 1, "step": state.step, "loss": measure()}
+            line = f"epoch {epoch + 1}/{args.num_train_epochs}  loss {entry['loss']:.4f}"
             if (epoch + 1) % args.eval_epochs == 0 or state.step == total_steps:
                 metrics = evaluate(evaluated.refresh(plain_model), eval_loader, accelerator)
                 log = {"clean_accuracy": metrics["clean_accuracy"], **metrics["certified_accuracy"]}
                 accelerator.log({f"eval/{name}": value for name, value in log.items()}, step=state.step)
                 entry |= metrics
                 line += f"  {describe(metrics)}"
-            entry["seconds"] = round(state.seconds, 3)
-            state.history.append(entry)
+            state.history.append({**entry, "seconds": round(state.seconds, 3)})
             loss_sum.zero_()
-            state.loss_sum = 0.0
             if accelerator.is_main_process:
                 tqdm.write(f"{line}  {state.seconds:.0f} s")
-        if saves:
+        if interval is not None and (state.step % interval == 0 or state.step == total_steps):
+            measure()
             save()
     bar.close()
 
@@ -327,12 +319,14 @@ def write_results(
     """The model with its certificate, its image processor and results.json."""
     model.save_pretrained(output_dir)
     size = {"height": model.config.image_size, "width": model.config.image_size}
-    LipschitzVisionImageProcessor(size=size, num_channels=model.config.num_channels).save_pretrained(output_dir)
+    options: dict[str, Any] = {"size": size, "num_channels": model.config.num_channels}
+    LipschitzVisionImageProcessor(**options).save_pretrained(output_dir)
     packages = ("torch", "transformers", "accelerate", "datasets", "safetensors")
     results = {
         **metrics,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs": state.step / batches.steps_per_epoch,
+        "stopped_early": state.step < arguments["num_train_epochs"] * batches.steps_per_epoch,
         "steps": state.step,
         "train_samples": len(batches.images),
         "train_samples_seen": state.step * batches.batch_size,
@@ -369,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     arguments = {**vars(data), **vars(model_args), **vars(args)}
     del arguments["hub_token"]
-    identity = {name: value for name, value in arguments.items() if name not in FREE_ON_RESUME}
+    identity = run_identity(data, model_args, args)
     state = RunState()
     if args.resume_from_checkpoint:
         state = load_checkpoint(

@@ -161,7 +161,9 @@ def _report(
     feature = None if found is None else found.feature_constant()
     total = None
     if feature is not None and head is not None:
-        total = feature.upper * head.upper * (1.0 + PRODUCT_ROUNDING)
+        # a factor of exactly 1 needs no room for rounding
+        room = 1.0 if 1.0 in (feature.upper, head.upper) else 1.0 + PRODUCT_ROUNDING
+        total = feature.upper * head.upper * room
     return VerificationReport(
         folder=str(folder),
         reasons=list(reasons),

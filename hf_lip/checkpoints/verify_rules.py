@@ -271,7 +271,7 @@ def _divide_side(side: int, factor: int, name: str) -> int:
 
 def _add_head(graph: Graph, features: int) -> None:
     head, labels = graph.architecture["head_type"], graph.architecture["num_labels"]
-    rule = _head_rule
+    rule: Callable[[Mapping[str, np.ndarray]], Bound] = _head_rule
     if head == "truncation":
         if labels > features:
             raise Refusal(f"{CONFIG_FILE}: head_type truncation needs {labels} features, there are {features}")

@@ -4,14 +4,18 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
+
+
+# `datasets` brings pandas and pyarrow: imported where it is used, so that importing the package stays quick
+if TYPE_CHECKING:
+    import datasets
 
 
 _IMAGE_NAMES = ("image", "img", "images", "pixel_values")
@@ -31,7 +35,7 @@ def load_image_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     name: str | None = None,
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """One split of an image classification data set, columns renamed to `image` and `label` (a `ClassLabel`).
 
     Other columns are kept. Integer labels become a `ClassLabel` named by their number, strings one sorted by name.
@@ -81,16 +85,7 @@ def image_to_tensor(
         TypeError: not an image, or integers other than uint8.
         ValueError: wrong shape, size or channels, pixels outside [0, 1], NaN or infinite pixels.
     """
-    pixels = _to_array(image)
-    if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif pixels.ndim == 3:
-        pixels = _channels_first(pixels, num_channels)
-    else:
-        raise ValueError(
-            f"`image` must have shape (C, H, W), (H, W, C) or (H, W), got {tuple(pixels.shape)}: "
-            "pass one image at a time, or a list of images."
-        )
+    pixels = _channels_first(image, num_channels)
     if 0 in pixels.shape:
         raise ValueError(f"`image` has no pixels (shape {tuple(pixels.shape)}).")
     if num_channels is not None and pixels.shape[0] != num_channels:
@@ -112,7 +107,7 @@ def image_to_tensor(
 
 
 def dataset_to_tensors(
-    dataset: datasets.Dataset,
+    dataset: "datasets.Dataset",
     *,
     image_size: int | tuple[int, int],
     num_channels: int,
@@ -148,7 +143,9 @@ def dataset_to_tensors(
     return torch.stack(images), torch.from_numpy(_labels(dataset).astype(np.int64))
 
 
-def _load_split(source: str, split: str, name: str | None) -> datasets.Dataset:
+def _load_split(source: str, split: str, name: str | None) -> "datasets.Dataset":
+    import datasets
+
     if source == "digits":
         return _load_digits(split)
     path = Path(source).expanduser()
@@ -167,8 +164,10 @@ def _load_split(source: str, split: str, name: str | None) -> datasets.Dataset:
         raise ValueError(f"`source` {source!r}, `split` {split!r}: {error}") from error
 
 
-def _load_digits(split: str) -> datasets.Dataset:
+def _load_digits(split: str) -> "datasets.Dataset":
     _require_split("digits", split, ("train", "test"))
+    import datasets
+
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -190,7 +189,9 @@ def _load_digits(split: str) -> datasets.Dataset:
     return dataset.with_format("numpy", columns=["image"], output_all_columns=True)
 
 
-def _load_local(path: Path, split: str) -> datasets.Dataset:
+def _load_local(path: Path, split: str) -> "datasets.Dataset":
+    import datasets
+
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"`source` {str(path)!r} is a file but not parquet: give a .parquet file or a folder.")
@@ -215,7 +216,9 @@ def _load_local(path: Path, split: str) -> datasets.Dataset:
     return splits[split]
 
 
-def _load_parquet(source: Path, files: list[Path], split: str) -> datasets.Dataset:
+def _load_parquet(source: Path, files: list[Path], split: str) -> "datasets.Dataset":
+    import datasets
+
     by_split: dict[str, list[str]] = {}
     for file in files:
         found = re.match(rf"({'|'.join(_SPLIT_NAMES)})(?![A-Za-z0-9])", file.stem)
@@ -226,7 +229,14 @@ def _load_parquet(source: Path, files: list[Path], split: str) -> datasets.Datas
             )
         by_split.setdefault(found.group(1) if found else "train", []).append(str(file))
     _require_split(str(source), split, tuple(by_split))
-    return datasets.load_dataset("parquet", data_files={split: by_split[split]}, split=split)
+    try:
+        return datasets.load_dataset("parquet", data_files={split: by_split[split]}, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"Cannot read {by_split[split]} as parquet ({error.__cause__}): fetch the file again.") from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"The split {split!r} of `source` {str(source)!r} is empty: choose one with images.") from error
 
 
 def _require_split(source: str, split: str, present: Sequence[str]) -> None:
@@ -234,7 +244,9 @@ def _require_split(source: str, split: str, present: Sequence[str]) -> None:
         raise ValueError(f"`source` {source!r} has no split {split!r}: its splits are {sorted(present)}.")
 
 
-def _find_image_column(dataset: datasets.Dataset, column: str | None) -> str:
+def _find_image_column(dataset: "datasets.Dataset", column: str | None) -> str:
+    import datasets
+
     if column is not None:
         if column not in dataset.column_names:
             raise ValueError(
@@ -250,7 +262,9 @@ def _find_image_column(dataset: datasets.Dataset, column: str | None) -> str:
     return named[0]
 
 
-def _find_label_column(dataset: datasets.Dataset, column: str | None) -> str:
+def _find_label_column(dataset: "datasets.Dataset", column: str | None) -> str:
+    import datasets
+
     if column is not None:
         if column not in dataset.column_names:
             raise ValueError(
@@ -266,7 +280,7 @@ def _find_label_column(dataset: datasets.Dataset, column: str | None) -> str:
     raise ValueError(f"The data set has no labels: no label column among {dataset.column_names}. Use `label_column`.")
 
 
-def _rename(dataset: datasets.Dataset, column: str, target: str) -> datasets.Dataset:
+def _rename(dataset: "datasets.Dataset", column: str, target: str) -> "datasets.Dataset":
     if column == target:
         return dataset
     if target in dataset.column_names:
@@ -274,7 +288,9 @@ def _rename(dataset: datasets.Dataset, column: str, target: str) -> datasets.Dat
     return dataset.rename_column(column, target)
 
 
-def _with_class_label(dataset: datasets.Dataset) -> datasets.Dataset:
+def _with_class_label(dataset: "datasets.Dataset") -> "datasets.Dataset":
+    import datasets
+
     feature = dataset.features["label"]
     if isinstance(feature, datasets.ClassLabel):
         num_classes = feature.num_classes
@@ -299,17 +315,17 @@ def _with_class_label(dataset: datasets.Dataset) -> datasets.Dataset:
     return dataset
 
 
-def _labels(dataset: datasets.Dataset) -> np.ndarray:
+def _labels(dataset: "datasets.Dataset") -> np.ndarray:
     labels = dataset.select_columns(["label"]).with_format("arrow")[:]["label"].to_pylist()
     if any(label is None for label in labels):
         raise ValueError("Some labels are absent (None): drop those rows, or use a labelled split.")
     return np.asarray(labels)
 
 
-def _to_array(image: Any) -> np.ndarray:
+def _channels_first(image: Any, num_channels: int | None) -> np.ndarray:
     if isinstance(image, Image.Image):
-        image = image.convert(_EXACT_CONVERSIONS.get(image.mode, image.mode))
-        pixels = np.asarray(image)
+        pixels = np.asarray(image.convert(_EXACT_CONVERSIONS.get(image.mode, image.mode)))
+        pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
     elif isinstance(image, Tensor):
         pixels = image.detach().cpu().to(torch.float32 if image.is_floating_point() else image.dtype).numpy()
     elif isinstance(image, (np.ndarray, list, tuple)):
@@ -321,16 +337,20 @@ def _to_array(image: Any) -> np.ndarray:
             f"`image` holds {pixels.dtype} pixels: pass uint8 in 0..255, or floating point pixels in [0, 1] "
             "(divide by the largest possible value)."
         )
-    return pixels
-
-
-def _channels_first(pixels: np.ndarray, num_channels: int | None) -> np.ndarray:
-    allowed = (1, 3, 4) if num_channels is None else (num_channels,)
-    if pixels.shape[0] not in allowed and pixels.shape[2] in allowed:
-        return np.moveaxis(pixels, 2, 0)
+    if pixels.ndim not in (2, 3):
+        raise ValueError(
+            f"`image` must have shape (C, H, W), (H, W, C) or (H, W), got {tuple(pixels.shape)}: "
+            "pass one image at a time, or a list of images."
+        )
+    if pixels.ndim == 2:
+        return pixels[None]
+    wanted = (1, 3, 4) if num_channels is None else (num_channels,)
     # an image with the wrong channels is told so, in the layout that it most probably has
-    if pixels.shape[0] not in (1, 2, 3, 4) and pixels.shape[2] in (1, 2, 3, 4):
-        return np.moveaxis(pixels, 2, 0)
+    for channels in (wanted, (1, 2, 3, 4)):
+        if pixels.shape[0] not in channels and pixels.shape[2] in channels:
+            return np.moveaxis(pixels, 2, 0)
+        if pixels.shape[0] in channels:
+            break
     return pixels
 
 

@@ -50,7 +50,7 @@ class RescaledHead(ClassifierHead, RescaledModule):
         if self.bias is not None:
             fan_in_uniform_(self.bias, self.weight)
         nn.init.ones_(self.rescaling)
-        self._stale = True
+        self._stale = not self.weight.is_meta
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The rows that are applied, in `dtype` (default: the weight's, at least float32)."""

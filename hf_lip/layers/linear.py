@@ -49,7 +49,7 @@ class RescaledLayer(Operator, RescaledModule):
         if self.bias is not None:
             fan_in_uniform_(self.bias, self.weight)
         nn.init.ones_(self.rescaling)
-        self._stale = True
+        self._stale = not self.weight.is_meta
 
     def divide(self, weight: Tensor, factors: Tensor) -> Tensor:
         axis = 0 if self.side == "output" else 1

@@ -100,9 +100,10 @@ class ConvexPotentialLayer(ResidualLayer):
         fan_in_uniform_(self.bias, self.weight)
         nn.init.ones_(self.rescaling)
         nn.init.ones_(self.power_iteration_vector)
-        with torch.no_grad():
-            self.estimate_squared_norm(WARM_UP_ITERATIONS)
-        self._stale = True
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                self.estimate_squared_norm(WARM_UP_ITERATIONS)
+        self._stale = not self.weight.is_meta
 
     def estimate_squared_norm(self, num_iterations: int) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not estimate its norm.")
@@ -209,7 +210,7 @@ class SDPLipschitzLayer(ResidualLayer):
         fan_in_uniform_(self.bias, self.weight)
         nn.init.normal_(self.log_q)
         nn.init.ones_(self.rescaling)
-        self._stale = True
+        self._stale = not self.weight.is_meta
 
     def rescaling_of(self, weight: Tensor) -> Tensor:
         q = self.log_q.to(weight.dtype).exp()

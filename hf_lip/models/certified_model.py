@@ -2,6 +2,7 @@
 """Loading and saving of models that carry a certificate: nothing missing, nothing extra, nothing half-written."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ logger = logging.get_logger(__name__)
 
 # arguments of `from_pretrained` that say where files come from
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# written aside, then renamed when whole; see `replace_files`
+STAGING_PREFIX = ".saving-"
+COMMITTED_NAME = ".saved"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -42,15 +46,26 @@ def refuse_pickle(folder: Path) -> None:
         )
 
 
+def finish_interrupted_save(folder: Path) -> None:
+    """Complete a save that was killed after all its files had been written and before all were in place."""
+    committed = folder / COMMITTED_NAME
+    if not committed.is_dir():
+        return
+    names = {path.name for path in committed.iterdir()}
+    for name in sorted(names):
+        os.replace(committed / name, folder / name)
+    committed.rmdir()
+
+
 def replace_files(staging: Path, target: Path) -> None:
-    """Move whole files over old ones; weights of a former, larger save that are no longer part of it are removed."""
-    new = sorted(path for path in staging.iterdir() if path.is_file())
-    for path in new:
+    """Put the files of `staging` into `target`, all or nothing: a rename is the moment from which the new ones count."""
+    for path in staging.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    for path in new:
-        os.replace(path, target / path.name)
-    names = {path.name for path in new}
+    names = {path.name for path in staging.iterdir()}
+    os.rename(staging, target / COMMITTED_NAME)
+    finish_interrupted_save(target)
+    # shards of a former, larger checkpoint
     for path in target.glob("model*.safetensors*"):
         if path.name not in names:
             path.unlink()
@@ -105,27 +120,30 @@ class CertifiedPreTrainedModel(PreTrainedModel):
             ValueError: naming the file or tensor and the remedy.
         """
         source = str(pretrained_model_name_or_path)
-        refuse_pickle(Path(source) / kwargs.get("subfolder", ""))
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("`use_safetensors=False` is not supported: pickled weights can run code.")
+        folder = Path(source) / kwargs.get("subfolder", "")
+        finish_interrupted_save(folder)
+        refuse_pickle(folder)
         return_info = kwargs.pop("output_loading_info", False)
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        new_head = kwargs.get("ignore_mismatched_sizes", False)
+        # mismatches are reported below, with their names
+        new_head = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"The weights in {source} are truncated or not in the safetensors format ({error}): fetch them again."
             ) from error
         problems = {
-            "missing": sorted(
-                name for name in info["missing_keys"] if not (new_head and name.startswith("classifier."))
-            ),
-            "unexpected": sorted(info["unexpected_keys"]),
-            "mismatched": [] if new_head else sorted(str(key) for key in info["mismatched_keys"]),
+            "missing": {str(name) for name in info["missing_keys"]},
+            "unexpected": {str(name) for name in info["unexpected_keys"]},
+            "mismatched": {name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]},
         }
+        for kind in ("missing", "mismatched"):
+            problems[kind] = {name for name in problems[kind] if not (new_head and name.startswith("classifier."))}
         if any(problems.values()):
-            listing = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+            listing = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names)
             raise ValueError(
                 f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is initialised or "
                 "dropped silently: use the checkpoint's own config, or `ignore_mismatched_sizes=True` for a new head."
@@ -174,11 +192,17 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         target.mkdir(parents=True, exist_ok=True)
         hub_keys = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
         hub_arguments = {name: kwargs.pop(name) for name in hub_keys if name in kwargs}
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+        finish_interrupted_save(target)
+        for abandoned in target.glob(f"{STAGING_PREFIX}*"):
+            shutil.rmtree(abandoned)
+        staging = Path(tempfile.mkdtemp(dir=target, prefix=STAGING_PREFIX))
+        try:
             super().save_pretrained(staging, state_dict=state_dict, **kwargs)
             if hasattr(self, "certify"):
-                self.write_certificate(Path(staging), state_dict)
-            replace_files(Path(staging), target)
+                self.write_certificate(staging, state_dict)
+            replace_files(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
         if push_to_hub:
             self.push_to_hub(hub_arguments.pop("repo_id", target.resolve().name), **hub_arguments)
 

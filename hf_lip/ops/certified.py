@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Certified upper bounds of norms: proved for the stored weights as exact real numbers, float rounding included.
 
-Weights are cast to float64, exactly, and scaled by a power of two, exactly. With A the rounded Gram matrix of the smaller
-side, a Cholesky factorisation of lambda * I - A that runs to completion proves, by Rump ("Verification of positive
-definiteness", BIT 2006; error bound of Demmel 1989, Higham 2002 theorem 10.3),
+Weights are cast to float64, exactly, and scaled by a power of two, exactly. With A the rounded Gram matrix of the
+smaller side, a Cholesky factorisation of lambda * I - A that runs to completion proves, by Rump ("Verification of
+positive definiteness", BIT 2006; error bound of Demmel 1989, Higham 2002 theorem 10.3),
 
     largest eigenvalue of A <= lambda + gamma / (1 - gamma) * trace(lambda * I - A),     gamma = k u / (1 - k u).
 
-To it comes the rounding of the product A itself, gamma * |W|_F^2 in norm, whatever the order of the sums. lambda is only
-a candidate: an eigenvalue routine that errs costs tightness or time, never soundness. All the constants used are at least
-twice those of the theorems, which covers complex arithmetic (factor 4), the rounding of the few scalar operations and
-underflow (entries are scaled to about 1). Assumed: IEEE float64, conventional matrix products (no Strassen scheme),
-sine and cosine good to 4 units in the last place. Everything runs on the cpu, where LAPACK meets these assumptions.
+To it comes the rounding of the product A itself, gamma * |W|_F^2 in norm, whatever the order of the sums. lambda is
+only a candidate: an eigenvalue routine that errs costs tightness or time, never soundness. The constants used are at
+least twice those of the theorems, which covers reciprocals inside LAPACK, the rounding of the scalar operations and
+underflow (entries are scaled to about 1). Assumed: IEEE float64 with gradual underflow, conventional matrix products
+(no Strassen scheme), sine and cosine good to 4 units in the last place. Everything runs on the cpu for that reason.
 """
 
 import math
@@ -27,6 +27,8 @@ _UNIT_ROUNDOFF = 2.0**-53
 _PHASE_ERROR = 32 * _UNIT_ROUNDOFF
 # complex entries held at once, 32 MB
 _CHUNK_ENTRIES = 2**21
+# where the search for an eigenvalue starts: positive, and negligible for weights scaled to about 1
+_CANDIDATE_FLOOR = 2.0**-300
 # squares of this size neither overflow nor lose digits to underflow
 _SAFE_SQUARES = (2.0**-900, 2.0**900)
 
@@ -67,17 +69,15 @@ class _EigenvalueBound:
     """One lambda such that lambda * I - A passed a Cholesky factorisation for every matrix A given so far."""
 
     def __init__(self) -> None:
-        self.candidate = 0.0
+        self.candidate = _CANDIDATE_FLOOR
 
     def include(self, grams: Tensor) -> None:
-        """Raise the candidate until it passes for all of `grams` (F, c, c); only those that fail are looked at again."""
+        """Raise the candidate until it passes for all of `grams` (F, c, c); only those that fail are tried again."""
         inflation = 1e-12
         while True:
-            if self.candidate > 0:
-                shifted = -grams
-                shifted.diagonal(dim1=-2, dim2=-1).add_(self.candidate)
-                failed = torch.linalg.cholesky_ex(shifted).info != 0
-                grams = grams[failed]
+            shifted = -grams
+            shifted.diagonal(dim1=-2, dim2=-1).add_(self.candidate)
+            grams = grams[torch.linalg.cholesky_ex(shifted).info != 0]
             if grams.shape[0] == 0:
                 return
             hardest = grams[0] if grams.shape[0] == 1 else grams[torch.linalg.matrix_norm(grams).argmax()]
@@ -157,8 +157,9 @@ def certified_conv_norm(
     """Proved upper bound of the norm of a convolution at one image size.
 
     Every frequency block of a torus that contains the operator (see `conv_geometry`) is built by a direct Fourier
-    transform with bounded error and checked by a Cholesky factorisation. For circular padding the bound is the operator's
-    norm but for rounding; for zero padding it is the norm on the torus n + padding, a few per cent above on small images.
+    transform with bounded error and checked by a Cholesky factorisation. For circular padding, stride dividing the
+    size, the bound is the operator's norm but for rounding; for zero padding it is the norm on the torus n + padding,
+    a few per cent above on small images.
 
     Args:
         weight: (out, in, kh, kw), any floating dtype.
@@ -172,8 +173,8 @@ def certified_conv_norm(
 
     Raises:
         TypeError: weight is not real floating point.
-        ValueError: wrong shape, entries that are not finite, sizes without output, or another padding mode: reflect and
-            replicate padding read pixels more than once and break the bound.
+        ValueError: wrong shape, entries that are not finite, sizes without output, or another padding mode: reflect
+            and replicate padding read pixels more than once and break the bound.
     """
     check_kernel(weight)
     geometry = conv_geometry(weight.shape[2:], input_size, padding_mode=padding_mode, padding=padding, stride=stride)

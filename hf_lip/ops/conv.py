@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spectral norms of 2-D convolutions, differentiable (Delattre et al., ICML 2023, arXiv 2305.16173, and arXiv 2402.00240).
+"""Spectral norms of 2-D convolutions, differentiable (Delattre et al., arXiv 2305.16173 and arXiv 2402.00240).
 
-Kernels have shape (out, in, kh, kw). A circular convolution is block diagonal in the Fourier basis; a zero-padded one is
-a submatrix of the circular one on a larger torus. All values here are upper bounds in exact arithmetic;
+Kernels have shape (out, in, kh, kw). A circular convolution is block diagonal in the Fourier basis; a zero-padded one
+is a submatrix of the circular one on a larger torus. All values here are upper bounds in exact arithmetic;
 `hf_lip.ops.certified` is the one to use where floating point rounding has to be covered too.
 """
 
@@ -37,7 +37,7 @@ class ConvGeometry(NamedTuple):
         torus: size of a torus whose circular convolution contains the operator as a submatrix, up to repeated rows.
         torus_stride: stride of that circular convolution, it divides `torus`.
         copies: largest number of times one row of the circular convolution occurs in the operator (1 but for circular
-            padding with more outputs than pixels); the operator's norm is at most sqrt(copies) times the circular norm.
+            padding with more outputs than pixels); the operator's norm is at most sqrt(copies) times the circular one.
     """
 
     input_size: tuple[int, int]
@@ -51,7 +51,7 @@ class ConvGeometry(NamedTuple):
 
 def as_pair(value: Size, name: str, minimum: int) -> tuple[int, int]:
     """Read an int or a pair of ints, each at least `minimum`; raises ValueError naming the argument otherwise."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < minimum for v in pair):
         raise ValueError(f"{name} must be an int or a pair of ints, each at least {minimum}, but got {value!r}.")
     return pair[0], pair[1]
@@ -77,16 +77,16 @@ def conv_geometry(
 ) -> ConvGeometry:
     """Work out the output size and the embedding torus of a convolution.
 
-    Zero padding by p on n pixels embeds in every torus of size m >= n + p (p capped at k - 1, further outputs are zero);
-    with stride s the smallest multiple of s is taken. Circular padding lives on the torus n, with stride gcd(s, n): the
-    rows at multiples of s, modulo n, are rows of that operator.
+    Zero padding by p on n pixels embeds in every torus of size m >= n + p (p capped at k - 1, further outputs are
+    zero); with stride s the smallest multiple of s is taken. Circular padding lives on the torus n, with stride
+    gcd(s, n): the rows at multiples of s, modulo n, are rows of that operator.
 
     Args:
         kernel_size: (kh, kw).
         input_size: image size, int or (h, w).
         padding_mode: "zeros" or "circular".
-        padding: pixels added on each side. None means k // 2, and for circular padding of an even kernel one pixel less
-            on the far side, so that the output is the torus again.
+        padding: pixels added on each side. None means k // 2, and for circular padding of an even kernel one pixel
+            less on the far side, so that the output is the torus again.
         stride: int or pair.
         dilation: int or pair; the kernel then spans dilation * (k - 1) + 1 pixels.
 
@@ -95,8 +95,8 @@ def conv_geometry(
     """
     if padding_mode in _PADDING_NORMS:
         raise ValueError(
-            f"padding_mode={padding_mode!r} is not supported: {_PADDING_NORMS[padding_mode]} and the bounds do not hold. "
-            "Use 'zeros' or 'circular'."
+            f"padding_mode={padding_mode!r} is not supported: {_PADDING_NORMS[padding_mode]} "
+            "and the bounds do not hold. Use 'zeros' or 'circular'."
         )
     if padding_mode not in ("zeros", "circular"):
         raise ValueError(f"padding_mode must be 'zeros' or 'circular', but got {padding_mode!r}.")
@@ -114,8 +114,8 @@ def conv_geometry(
     for n, k, s, before, after in zip(sizes, spans, strides, near, far):
         if n + before + after < k:
             raise ValueError(
-                f"input_size {sizes} with padding {near} is smaller than the kernel's span {spans}: there is no output. "
-                "Give a larger input_size or padding."
+                f"input_size {sizes} with padding {near} is smaller than the kernel's span {spans}: "
+                "there is no output. Give a larger input_size or padding."
             )
         out = (n + before + after - k) // s + 1
         if padding_mode == "zeros":
@@ -172,7 +172,7 @@ def _fold(weight: Tensor, dim: int, size: int) -> Tensor:
 
 
 def conv_frequency_blocks(weight: Tensor, grid_size: Size, stride: Size = 1, half: bool = True) -> Tensor:
-    """Blocks of the circular convolution in the Fourier basis; the operator's norm is the largest of the blocks' norms.
+    """Blocks of the circular convolution in the Fourier basis; its norm is the largest of the blocks' norms.
 
     Args:
         weight: real kernel (out, in, kh, kw); half precision is computed in float32. Taps beyond the torus wrap round.

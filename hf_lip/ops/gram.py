@@ -37,11 +37,11 @@ def _schatten_norm(weight: Tensor, num_iterations: int) -> Tensor:
 
 
 def _schatten_gradient(weight: Tensor, bound: Tensor, num_iterations: int) -> Tensor:
-    """Gradient of the Schatten norm b: G A^(2^N - 1) b / tr(A^(2^N)) with A = G* G, free of any scale of the powers."""
+    """Gradient G A^(2^N - 1) b / tr(A^(2^N)) of the Schatten norm b, A = G* G; the powers may be scaled freely."""
     unit = weight / _nonzero(bound)[..., None, None]
-    gram = unit.mH @ unit
     if num_iterations == 0:
         return unit
+    gram = unit.mH @ unit
     power, square = gram, gram
     for _ in range(num_iterations - 1):
         square = square @ square
@@ -67,7 +67,7 @@ class _GramIteration(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         weight, bound = ctx.saved_tensors
         with torch.autocast(weight.device.type, enabled=False):
-            gradient = _schatten_gradient(weight, bound.detach(), ctx.num_iterations)
+            gradient = _schatten_gradient(weight, bound, ctx.num_iterations)
         return grad_outputs[0][..., None, None] * gradient, None
 
 

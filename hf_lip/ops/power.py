@@ -43,14 +43,14 @@ def _conv(x: Tensor, weight: Tensor, geometry: ConvGeometry, circular: bool) -> 
 
 def _conv_adjoint(y: Tensor, weight: Tensor, geometry: ConvGeometry, circular: bool) -> Tensor:
     """The exact adjoint of `_conv`: (out, H', W') -> (in, H, W)."""
-    full = []
-    for n, (before, after) in zip(geometry.input_size, geometry.pads):
-        full.append(n + before + after)
+    # pixels of the padded image beyond the last window, never read
     spill = [
-        f - ((o - 1) * s + k) for f, o, s, k in zip(full, geometry.output_size, geometry.stride, weight.shape[2:])
+        n + sum(pads) - ((out - 1) * s + k)
+        for n, pads, out, s, k in zip(
+            geometry.input_size, geometry.pads, geometry.output_size, geometry.stride, weight.shape[2:]
+        )
     ]
     x = F.conv_transpose2d(y[None], weight, stride=geometry.stride)[0]
-    # input pixels beyond the last window are never read
     x = F.pad(x, (0, spill[1], 0, spill[0]))
     if circular:
         return _unwrap_pad(x, geometry)
@@ -71,18 +71,25 @@ def _power_iteration(
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(num_iterations, int) or num_iterations < 0:
         raise ValueError(f"num_iterations must be an int of at least 0, but got {num_iterations!r}.")
-    with torch.no_grad():
-        vector = _unit(vector.detach(), torch.ones_like(vector))
-        for _ in range(num_iterations):
-            vector = _unit(adjoint(forward(vector)), vector)
-    return torch.linalg.vector_norm(forward(vector)), vector
+    with torch.autocast(vector.device.type, enabled=False):
+        with torch.no_grad():
+            vector = _unit(vector.detach(), torch.ones_like(vector))
+            for _ in range(num_iterations):
+                vector = _unit(adjoint(forward(vector)), vector)
+        return torch.linalg.vector_norm(forward(vector)), vector
+
+
+def _working_precision(weight: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight = weight.float()
+    return weight, vector.to(weight.dtype)
 
 
 def spectral_norm_estimate(weight: Tensor, vector: Tensor, num_iterations: int = 1) -> tuple[Tensor, Tensor]:
     """Lower bound |W v| of the norm of a matrix after some steps v <- W^T W v.
 
     Args:
-        weight: (out, in).
+        weight: (out, in); half precision is computed, and returned, in float32.
         vector: (in,), any length; a zero vector stands for the constant one.
         num_iterations: number of steps, at least 0.
 
@@ -97,6 +104,7 @@ def spectral_norm_estimate(weight: Tensor, vector: Tensor, num_iterations: int =
             "weight must be a matrix (out, in) and vector (in,), but their shapes are "
             f"{tuple(weight.shape)} and {tuple(vector.shape)}."
         )
+    weight, vector = _working_precision(weight, vector)
     return _power_iteration(lambda v: weight @ v, lambda u: u @ weight, vector, num_iterations)
 
 
@@ -112,7 +120,7 @@ def conv_spectral_norm_estimate(
     """Lower bound |K * v| of the norm of a convolution, at the image size of `vector`.
 
     Args:
-        weight: (out, in, kh, kw).
+        weight: (out, in, kh, kw); half precision is computed, and returned, in float32.
         vector: image (in, H, W), any length; a zero image stands for the constant one.
         padding_mode: "zeros" or "circular".
         padding: pixels on each side, None for "same" (see `conv_geometry`).
@@ -128,12 +136,14 @@ def conv_spectral_norm_estimate(
     check_kernel(weight)
     if vector.ndim != 3 or vector.shape[0] != weight.shape[1]:
         raise ValueError(
-            f"vector must be an image (in, H, W) with {weight.shape[1]} channels, but its shape is {tuple(vector.shape)}."
+            f"vector must be an image (in, H, W) with {weight.shape[1]} channels, "
+            f"but its shape is {tuple(vector.shape)}."
         )
     geometry = conv_geometry(
         weight.shape[2:], tuple(vector.shape[1:]), padding_mode=padding_mode, padding=padding, stride=stride
     )
     circular = padding_mode == "circular"
+    weight, vector = _working_precision(weight, vector)
     return _power_iteration(
         lambda v: _conv(v, weight, geometry, circular),
         lambda u: _conv_adjoint(u, weight, geometry, circular),

@@ -3,9 +3,9 @@
 
 One iteration is AOL (Prach and Lampert, 2022) and, with weights q, SLL (Araujo et al., ICLR 2023). With A = W W^T,
 M = A^(2^(N-1)) and D the diagonal of row sums of |M| weighted by q, D - M is diagonally dominant, so M <= D, and
-operator monotonicity of the root gives A <= D^(2^-(N-1)) = diag(R)^2. For convolutions M is the kernel of the iterated
-autocorrelation on the infinite grid, which covers zero and circular padding, every stride and every image size, but not
-reflect or replicate padding.
+operator monotonicity of the root gives A <= D^(2^-(N-1)) = diag(R)^2. For convolutions M is the kernel of the
+iterated autocorrelation on the infinite grid, which covers zero padding, circular padding whose output is no larger
+than the image, every stride and every image size, but not reflect or replicate padding.
 """
 
 import torch
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# below this many multiplications a spatial correlation is cheaper than the Fourier transform (measured, one cpu thread)
-_DIRECT_LIMIT = 2**23
+# multiplications up to which the last spatial correlation beats the fourier transform: measured on one cpu thread with
+# the backward pass; torch unfolds float64 convolutions, which costs it the rest
+_DIRECT_LIMIT = {torch.float32: 2**30, torch.float64: 2**22}
 
 
 def _autocorrelation(kernel: Tensor) -> Tensor:
@@ -61,13 +62,13 @@ def _positive(value: Tensor) -> Tensor:
     return torch.where(value > 0, value, torch.ones_like(value))
 
 
-def _direct_is_cheaper(shape: torch.Size, num_iterations: int) -> bool:
+def _direct_is_cheaper(shape: torch.Size, dtype: torch.dtype, num_iterations: int) -> bool:
     if num_iterations == 1:
         return True
     side = shape[0]
     sizes = [2 ** (num_iterations - 1) * (k - 1) + 1 for k in shape[2:]]
     taps = sizes[0] * sizes[1]
-    return side**3 * taps * 4 * taps <= _DIRECT_LIMIT
+    return side**3 * taps * 4 * taps <= _DIRECT_LIMIT[dtype]
 
 
 def iterated_row_sums(weight: Tensor, num_iterations: int, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def iterated_row_sums(weight: Tensor, num_iterations: int, q: Tensor | None = No
         q: optional positive (c,); entry (i, j) is then weighted by q_j / q_i.
 
     Returns:
-        sums (c,) and a scalar scale: (W W^T)^(2^(N-1)) has the weighted absolute row sums (sums ** 2**-N * scale) ** 2**N.
+        sums (c,) and a scalar scale; the weighted absolute row sums of (W W^T)^(2^(N-1)) are sums * scale ** 2**N.
         A zero row has sum 0; nothing over- or underflows whatever the size of the weights. Differentiable.
 
     Raises:
@@ -106,7 +107,7 @@ def iterated_row_sums(weight: Tensor, num_iterations: int, q: Tensor | None = No
         normalized = weight / scale
         if weight.ndim == 2:
             iterate, factor = _iterate_dense(normalized, num_iterations)
-        elif _direct_is_cheaper(weight.shape, num_iterations):
+        elif _direct_is_cheaper(weight.shape, weight.dtype, num_iterations):
             iterate, factor = _iterate_direct(normalized, num_iterations)
         else:
             iterate, factor = _iterate_fourier(normalized, num_iterations)
@@ -131,9 +132,10 @@ def rescaling_factors(
     """Factors R such that diag(1/R) W (side "output") or W diag(1/R) (side "input") has norm at most 1.
 
     R_i = (sum_j |(W W^T)^(2^(N-1))|_ij q_j / q_i) ^ (2^-N) on the output side, the same of W^T on the input side; for
-    kernels the sum also runs over the taps of the iterated autocorrelation (arXiv 2402.00240, with each axis padded by its
-    own size - 1). R ** 2 is the diagonal T >= K K^T of the residual layers. N = 1 is AOL or SLL, N -> infinity divides
-    by the spectral norm. Computed in the precision of the weight: freeze the factors in float64 before certifying.
+    kernels the sum also runs over the taps of the iterated autocorrelation (arXiv 2402.00240, with each axis padded by
+    its own size - 1). R ** 2 is the diagonal T >= K K^T of the residual layers. N = 1 is AOL or SLL, N -> infinity
+    divides by the spectral norm. Computed in the precision of the weight: freeze the factors in float64, and check
+    them with `certified`, before calling a layer 1-Lipschitz.
 
     Args:
         weight: (out, in) or (out, in, kh, kw); half precision is computed, and returned, in float32.

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import betainc
-from scipy.stats import beta
+from scipy.special import betainc, betaincinv
 
 
 # relative part of alpha that is given away so that the errors of the beta functions, below 1e-11, can not overstate
@@ -38,10 +37,10 @@ def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, alpha: float) -> Any:
     successes, trials = _validated(k, n, alpha)
     level = alpha * (1.0 - _LEVEL_SLACK)
     positive = successes > 0
-    # k = 0 has no beta quantile (scipy gives NaN): a dummy keeps the call defined, its bound is 0
+    # k = 0 has no beta quantile: a dummy keeps the call defined, its bound is 0
     a = np.where(positive, successes, 1.0)
     b = np.where(positive, trials - successes + 1.0, 1.0)
-    bound = np.where(positive, beta.ppf(level, a, b), 0.0)
+    bound = np.where(positive, betaincinv(a, b, level), 0.0)
     for slack in (0.0, 1e-15, 1e-13, 1e-11, 1e-9, 1e-6, 1e-3):
         candidate = bound * (1.0 - slack)
         # NaN compares false, so that a quantile that could not be computed ends as the trivial bound 0

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 
-__all__ = ["DataArguments", "ModelArguments", "TrainingArguments"]
+# may change when a run is continued: they do not change its weights
+FREE_ON_RESUME = (
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_seconds", "report_to"),
+    *("eval_epochs", "eval_split", "eval_batch_size", "max_eval_samples", "logging_steps"),
+    *("checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_token"),
+)
+
+__all__ = ["DataArguments", "ModelArguments", "TrainingArguments", "run_identity"]
 
 
 def option(default: Any, text: str) -> Any:
@@ -171,3 +178,9 @@ class TrainingArguments:
                 f"--output_dir {self.output_dir!r} is not empty: choose another folder, continue the run in it with "
                 "--resume_from_checkpoint latest, or give it up with --overwrite_output_dir."
             )
+
+
+def run_identity(*arguments: Any) -> dict[str, Any]:
+    """The arguments that fix the weights of a run; its continuation must have the same."""
+    everything = {name: value for part in arguments for name, value in vars(part).items()}
+    return {name: value for name, value in everything.items() if name not in FREE_ON_RESUME}

@@ -3,15 +3,18 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
 __all__ = ["EvaluationCopy"]
 
 
-class EvaluationCopy:
+class EvaluationCopy(Generic[Model]):
     """A second model for evaluation, so that evaluating never touches the one being trained.
 
     Take it before the model is wrapped for distributed or mixed-precision training: the copy has no wrapper, hence no
@@ -28,7 +31,7 @@ class EvaluationCopy:
         ValueError: `decay` outside [0, 1).
     """
 
-    def __init__(self, model: nn.Module, decay: float | None = None) -> None:
+    def __init__(self, model: Model, decay: float | None = None) -> None:
         if decay is not None and not 0.0 <= decay < 1.0:
             raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
         self.model = copy.deepcopy(model)
@@ -43,7 +46,7 @@ class EvaluationCopy:
             torch._foreach_lerp_(self._averages, [p.detach() for p in model.parameters()], share)
 
     @torch.no_grad()
-    def refresh(self, model: nn.Module) -> nn.Module:
+    def refresh(self, model: nn.Module) -> Model:
         """The copy in evaluation mode, with the current weights of `model` or their average."""
         # from training mode, so that every layer knows that its rescaling is out of date
         self.model.train()

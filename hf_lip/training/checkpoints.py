@@ -88,8 +88,8 @@ def load_checkpoint(
         raise ValueError(f"{folder.name} belongs to a run with other arguments; resume it with {changed}.")
     if saved["num_processes"] != accelerator.num_processes:
         raise ValueError(
-            f"{folder.name} was written by {saved['num_processes']} processes, this run has {accelerator.num_processes}: "
-            "resume with as many."
+            f"{folder.name} was written by {saved['num_processes']} processes and this run has "
+            f"{accelerator.num_processes}: resume with as many."
         )
     accelerator.load_state(str(folder))
     if evaluated.decay is not None:

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_lip.plots import plot_certified_accuracy
+
+
+def test_curve_is_the_step_function():
+    ax = plot_certified_accuracy([0.5, 0.2, 0.0], [True, True, False], title="digits", label="cpl")
+    line = next(line for line in ax.lines if "ACR" in str(line.get_label()))
+    assert line.get_drawstyle() == "steps-post"
+    assert line.get_xdata().tolist() == [0.0, 0.2, 0.5]
+    assert line.get_ydata() == pytest.approx([200 / 3, 100 / 3, 0.0])
+    assert line.get_label() == "cpl (ACR 0.233)"
+    assert ax.get_title() == "digits"
+    assert ax.get_xlim()[1] < 1.0
+
+
+def test_a_second_curve_goes_into_the_same_axes_and_both_fit():
+    ax = plot_certified_accuracy([2.0], [True], label="a")
+    assert plot_certified_accuracy([0.5], [True], ax=ax, label="b") is ax
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a (ACR 2.000)", "b (ACR 0.500)"]
+    assert ax.get_xlim()[1] > 2.0
+
+
+def test_file_is_written_whole_and_over_the_old_one(tmp_path):
+    path = tmp_path / "plots" / "curve.png"
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        plot_certified_accuracy(rng.exponential(0.3, 50), rng.random(50) < 0.9, path=path)
+    with Image.open(path) as image:
+        assert image.size == (960, 630)
+    assert [file.name for file in path.parent.iterdir()] == ["curve.png"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "curve.png"
+    path.write_bytes(b"old")
+
+    def fail(self, *args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plot_certified_accuracy([0.1], [True], path=path)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_no_certified_image_at_all():
+    ax = plot_certified_accuracy([0.0, 0.3], [False, False])
+    assert ax.get_xlim()[1] > 0.0
+
+
+def test_global_state_of_matplotlib_is_left_alone(monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    plot_certified_accuracy([0.1], [True])
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "hf_lip\[demo\]"'):
+        plot_certified_accuracy([0.1], [True])
