@@ -5,7 +5,7 @@ Importing the package registers its models with the Auto classes and the task "c
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import Any
 
 
 __version__ = "0.1.0"
@@ -25,26 +25,10 @@ _PUBLIC = {
     "verify_checkpoint": "checkpoints.verify",
 }
 
-if TYPE_CHECKING:
-    from .checkpoints.verify import verify_checkpoint
-    from .metrics import average_certified_radius, certified_accuracy
-    from .models.certificate import LipschitzCertificate
-    from .models.lipschitz_vision.configuration_lipschitz_vision import LipschitzVisionConfig
-    from .models.lipschitz_vision.image_processing_pil_lipschitz_vision import (
-        LipschitzVisionImageProcessor,
-        LipschitzVisionImageProcessorPil,
-    )
-    from .models.lipschitz_vision.modeling_lipschitz_vision import (
-        LipschitzVisionBackbone,
-        LipschitzVisionForImageClassification,
-        LipschitzVisionModel,
-    )
-    from .pipelines.certify import CertifyPipeline
-
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

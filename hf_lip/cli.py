@@ -18,7 +18,15 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from hf_lip.metrics import STANDARD_RADII, abstention_rate, average_certified_radius, certified_accuracy
@@ -104,13 +112,13 @@ def certify(
     """Certify the images of a data set: table, TSV of all images, JSON summary and plot of certified accuracy."""
     with _errors_as_one_line():
         thresholds = _parse_radii(radii)
-        _check_output(out)
         if limit is not None and limit < 1:
             raise ValueError(f"`--limit` must be at least 1, got {limit}.")
         settings = {"method": method, "sigma": sigma, "n0": n0, "n": n, "alpha": alpha, "seed": seed}
         pipe = _load_pipeline(model, device, settings)
         columns = {"image_column": image_column, "label_column": label_column, "name": name}
         dataset, labels = _load_data(data, split, limit, columns, pipe.model.config)
+        _check_output(out)
         rows, used_method = _certify_all(pipe, dataset, labels, batch_size)
         summary = _summarise(rows, thresholds, pipe, used_method)
         summary = {
@@ -173,8 +181,16 @@ def _errors_as_one_line() -> Iterator[None]:
 
 
 def _progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    columns: tuple[ProgressColumn, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    columns += (TextColumn("left"), TimeRemainingColumn())
+    # without a terminal a bar could only leave blank lines in a log
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _parse_radii(text: str) -> dict[str, float]:

@@ -83,7 +83,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[DataArguments, ModelArgumen
         args.check_output_dir()
         if args.resume_from_checkpoint:
             find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-        if args.report_to != "none" and args.report_to not in get_available_trackers():
+        if args.report_to != "none" and args.report_to not in map(str, get_available_trackers()):
             raise ValueError(f"--report_to {args.report_to} needs a package: pip install {args.report_to}.")
         if args.push_to_hub and not (args.hub_token or get_token()):
             raise ValueError("--push_to_hub needs a token: run `hf auth login`, set HF_TOKEN or give --hub_token.")
@@ -394,6 +394,8 @@ def main(argv: list[str] | None = None) -> None:
             api.upload_folder(
                 repo_id=repo_id, folder_path=output_dir, allow_patterns=PUBLIC_FILES, commit_message=message
             )
+    # a process that leaves first can leave the others hanging in the collective shutdown
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

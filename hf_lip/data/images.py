@@ -231,12 +231,14 @@ def _load_parquet(source: Path, files: list[Path], split: str) -> "datasets.Data
     _require_split(str(source), split, tuple(by_split))
     try:
         return datasets.load_dataset("parquet", data_files={split: by_split[split]}, split=split)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"Cannot read {by_split[split]} as parquet ({error.__cause__}): fetch the file again.") from error
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise ValueError(f"The split {split!r} of `source` {str(source)!r} is empty: choose one with images.") from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(
+                f"The split {split!r} of `source` {str(source)!r} is empty: choose a split with images."
+            ) from error
+        raise ValueError(
+            f"Cannot read {', '.join(by_split[split])} as parquet ({error.__cause__ or error}): fetch the file again."
+        ) from error
 
 
 def _require_split(source: str, split: str, present: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1-Lipschitz activations. Channels are dimension 1 throughout; pairs are (first half, second half) of the channels."""
+"""1-Lipschitz activations. Channels are dimension 1 throughout; pairs are (first half, second half) of the
+channels."""
 
 from collections.abc import Callable
 

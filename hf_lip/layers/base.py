@@ -2,8 +2,8 @@
 """What every layer of the package promises: a certified Lipschitz bound and a bound on its own float64 rounding.
 
 A layer is a real function fixed by the numbers it stores. `lipschitz_bound` bounds the l2 Lipschitz constant of that
-function; `propagate` bounds how far a float64 evaluation of it can be from the exact value, so that a radius can pay for
-rounding too.
+function; `propagate` bounds how far a float64 evaluation of it can be from the exact value, so that a radius can pay
+for rounding too.
 """
 
 import math
@@ -21,7 +21,8 @@ RESCALING_MARGIN = 2.0**-20
 
 
 def gamma(num_operations: int) -> float:
-    """Relative error bound of `num_operations` successive float64 operations, n u / (1 - n u) (Higham, section 3.1)."""
+    """Relative error bound of `num_operations` successive float64 operations, n u / (1 - n u) (Higham, section
+    3.1)."""
     return num_operations * UNIT_ROUNDOFF / (1.0 - num_operations * UNIT_ROUNDOFF)
 
 
@@ -58,7 +59,8 @@ class LipschitzModule(nn.Module):
 
 
 class ExactModule(LipschitzModule):
-    """A 1-Lipschitz map that fixes 0 and makes no rounding error: selections, permutations, zero padding, max and min."""
+    """A 1-Lipschitz map that fixes 0 and makes no rounding error: selections, permutations, zero padding, max and
+    min."""
 
     def lipschitz_bound(self) -> float:
         return 1.0
@@ -71,9 +73,10 @@ class RescaledModule(LipschitzModule):
     """A layer whose plain `weight` is divided by a positive `rescaling` so that the result is 1-Lipschitz.
 
     In training mode the rescaling is recomputed at every forward, differentiably and by the fast method of the layer
-    (`training_rescaling`). In evaluation mode the stored buffer `rescaling` is used as it is: it was written by `freeze`
-    from certified float64 bounds, it travels with the checkpoint, and `lipschitz_bound` checks it afresh against the
-    weights as stored. A layer that has been in training mode is frozen again on its way to evaluation mode.
+    (`training_rescaling`). In evaluation mode the stored buffer `rescaling` is used as it is: it was written by
+    `freeze` from certified float64 bounds, it travels with the checkpoint, and `lipschitz_bound` checks it afresh
+    against the weights as stored. A layer that has been in training mode is frozen again on its way to evaluation
+    mode.
     """
 
     weight: nn.Parameter

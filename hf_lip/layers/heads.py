@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classifier heads and the radius that a margin certifies.
 
-A head is a linear map V of the features. Its certificate uses one constant per pair of classes, ||v_i - v_j||, which is
-sharper than sqrt(2) times any bound on ||V|| and the only right one for unit rows (lipschitz-layers section 5.1).
+A head is a linear map V of the features. Its certificate uses one constant per pair of classes, ||v_i - v_j||, which
+is sharper than sqrt(2) times any bound on ||V|| and the only right one for unit rows (lipschitz-layers section 5.1).
 """
 
 import math
@@ -92,7 +92,8 @@ class RescaledHead(ClassifierHead, RescaledModule):
 
 
 class NormalizedRowsHead(RescaledHead):
-    """Rows of norm 1 ("last-layer normalisation", Singla et al., ICLR 2022). As a matrix its norm lies in [1, sqrt(K)]."""
+    """Rows of norm 1 ("last-layer normalisation", Singla et al., ICLR 2022). As a matrix its norm lies in [1,
+    sqrt(K)]."""
 
     proof = "certified norm of the normalised rows; pairs by ||v_i - v_j||"
 

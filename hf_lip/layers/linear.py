@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear 1-Lipschitz layers whose plain weight is divided per channel: AOL and spectral rescaling (SR).
 
-With M = (W W^T)^m, m = 2^(N-1), the factors R_i = (sum_j |M|_ij)^(1 / 2m) make diag(1/R) W 1-Lipschitz for every N >= 1
-(gram-iteration section 4). N = 1 is AOL (Prach and Lampert, ECCV 2022), which scales the input side; growing N tends to
-division by the spectral norm. The proof is for the operator on the infinite grid, so it covers zero and circular padding,
-every stride and every image size.
+With M = (W W^T)^m, m = 2^(N-1), the factors R_i = (sum_j |M|_ij)^(1 / 2m) make diag(1/R) W 1-Lipschitz for every N >=
+1 (gram-iteration section 4). N = 1 is AOL (Prach and Lampert, ECCV 2022), which scales the input side; growing N tends
+to division by the spectral norm. The proof is for the operator on the infinite grid, so it covers zero and circular
+padding, every stride and every image size.
 """
 
 import math

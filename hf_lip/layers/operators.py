@@ -90,7 +90,8 @@ class ConvOperator(Operator):
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size}.")
         if padding_mode not in PADDING_MODES:
             raise ValueError(
-                f"`padding_mode` must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}: reflect and replicate "
+                f"`padding_mode` must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}: reflect and "
+                "replicate "
                 "padding are not 1-Lipschitz maps, so the layer could not be certified."
             )
         if stride < 1:

@@ -90,7 +90,8 @@ class ResidualLayer(Operator, RescaledModule):
 
 
 class ConvexPotentialLayer(ResidualLayer):
-    """T = ||K||^2 I. Training follows the norm by a power step that is warm-started; what is frozen is a certified bound."""
+    """T = ||K||^2 I. Training follows the norm by a power step that is warm-started; what is frozen is a certified
+    bound."""
 
     proof = "certified ||T^-1/2 K||, then max(1, 2 lambda - 1)"
     power_iteration_vector: Tensor
@@ -197,8 +198,8 @@ class CPLConv2d(ConvOperator, ConvexPotentialLayer):
 class SDPLipschitzLayer(ResidualLayer):
     """T_i = (sum_j |(K K^T)^m|_ij q_j / q_i)^(1/m), m = 2^(num_iterations - 1), with q = exp(log_q) learned.
 
-    One iteration is the published SLL; more give SLL with spectral rescaling (gram-iteration section 4). The bound holds
-    for every padding of zeros or torus and every image size, whatever the parameters.
+    One iteration is the published SLL; more give SLL with spectral rescaling (gram-iteration section 4). The bound
+    holds for every padding of zeros or torus and every image size, whatever the parameters.
     """
 
     proof = "certified ||T^-1/2 K||, then max(1, 2 lambda - 1)"
@@ -224,7 +225,8 @@ class SDPLipschitzLayer(ResidualLayer):
 
 
 class SLLLinear(DenseOperator, SDPLipschitzLayer):
-    """SDP-based Lipschitz layer, (B, features) -> (B, features); weight (hidden_features, features), q (hidden_features,).
+    """SDP-based Lipschitz layer, (B, features) -> (B, features); weight (hidden_features, features), q
+    (hidden_features,).
 
     Source: Araujo et al., ICLR 2023, corrected release (q = exp of the parameter).
     """

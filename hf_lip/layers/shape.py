@@ -2,6 +2,7 @@
 """Parts without weights: input normalisation, pooling, changes of shape and of the number of channels."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ class InputNormalization(LipschitzModule):
 
     proof = "largest 1 / std"
 
-    def __init__(self, mean: list[float], std: list[float]):
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         if len(mean) != len(std):
             raise ValueError(
@@ -83,8 +84,8 @@ class SumPool2d(LipschitzModule):
 
 
 class MaxPool2d(ExactModule):
-    """Maximum over disjoint k x k windows: (B, C, H, W) -> (B, C, H // k, W // k). Windows that overlap are not offered:
-    their constant is the square root of the number of windows that share a pixel."""
+    """Maximum over disjoint k x k windows: (B, C, H, W) -> (B, C, H // k, W // k). Windows that overlap are not
+    offered: their constant is the square root of the number of windows that share a pixel."""
 
     proof = "maximum over disjoint windows"
 

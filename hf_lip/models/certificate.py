@@ -21,7 +21,8 @@ UNIT = "l2, pixels in [0, 1]"
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bytes of all tensors, sorted by name; independent of file layout and sharding."""
+    """Hash of names, dtypes, shapes and bytes of all tensors, sorted by name; independent of file layout and
+    sharding."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()
@@ -128,8 +129,8 @@ class LipschitzCertificate:
             ValueError: naming the file and the remedy.
         """
         remedy = (
-            f"Either the weights or {CERTIFICATE_NAME} were changed after saving. Fetch the checkpoint again, or, if the "
-            f"weights are what you want, delete {CERTIFICATE_NAME}, load, and `save_pretrained` to certify them afresh."
+            f"Either the weights or {CERTIFICATE_NAME} were changed after saving. Fetch the checkpoint again, or, if "
+            f"the weights are what you want, delete {CERTIFICATE_NAME}, load, and `save_pretrained` to certify afresh."
         )
         if self.weights_sha256 != other_hash:
             raise ValueError(

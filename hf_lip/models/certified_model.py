@@ -41,7 +41,8 @@ def refuse_pickle(folder: Path) -> None:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ValueError(
-            f"{folder} holds {', '.join(pickles)} and no model.safetensors. Pickles can run code and are not loaded: convert "
+            f"{folder} holds {', '.join(pickles)} and no model.safetensors. Pickles can run code and are not loaded: "
+            "convert "
             "the weights with `safetensors.torch.save_file` in an environment you trust."
         )
 
@@ -58,7 +59,8 @@ def finish_interrupted_save(folder: Path) -> None:
 
 
 def replace_files(staging: Path, target: Path) -> None:
-    """Put the files of `staging` into `target`, all or nothing: a rename is the moment from which the new ones count."""
+    """Put the files of `staging` into `target`, all or nothing: a rename is the moment from which the new ones
+    count."""
     for path in staging.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -95,7 +97,8 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         for name, tensor in self.state_dict().items():
             if tensor.is_meta:
                 raise ValueError(
-                    f"{name} is offloaded and has no data in memory: load the model without disk offload to certify it."
+                    f"{name} is offloaded and has no data in memory: load the model without disk offload to certify "
+                    "it."
                 )
 
     def require_finite(self, source: str) -> None:
@@ -110,8 +113,8 @@ class CertifiedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers, and in addition: only safetensors; missing, unexpected or non-finite tensors are errors; the
-        certificate beside the weights is checked against them.
+        """As in transformers, and in addition: only safetensors; missing, unexpected or non-finite tensors are
+        errors; the certificate beside the weights is checked against them.
 
         `ignore_mismatched_sizes=True` allows a new head (fine-tuning): missing and mismatched tensors of the head are
         then initialised.
@@ -130,11 +133,14 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         # mismatches are reported below, with their names
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+            loaded: Any = super().from_pretrained(
+                source, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         except SafetensorError as error:
             raise ValueError(
                 f"The weights in {source} are truncated or not in the safetensors format ({error}): fetch them again."
             ) from error
+        model, info = loaded
         problems = {
             "missing": {str(name) for name in info["missing_keys"]},
             "unexpected": {str(name) for name in info["unexpected_keys"]},
@@ -145,7 +151,8 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         if any(problems.values()):
             listing = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names)
             raise ValueError(
-                f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is initialised or "
+                f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is "
+                "initialised or "
                 "dropped silently: use the checkpoint's own config, or `ignore_mismatched_sizes=True` for a new head."
             )
         model.require_finite(source)
@@ -154,7 +161,8 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         return (model, info) if return_info else model
 
     def adopt_certificate(self, source: str, hub_arguments: dict[str, Any]) -> None:
-        """Take over the certificate beside the weights if this class has one; a cast model is frozen and certified anew."""
+        """Take over the certificate beside the weights if this class has one; a cast model is frozen and certified
+        anew."""
         if not hasattr(self, "attach_certificate") or any(tensor.is_meta for tensor in self.state_dict().values()):
             return
         path = cached_file(source, CERTIFICATE_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
@@ -164,7 +172,8 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         dtype = str(self.dtype).removeprefix("torch.")
         if certificate.dtype != dtype:
             logger.warning(
-                f"{source} is certified in {certificate.dtype} and loaded in {dtype}: its rescalings and its certificate are "
+                f"{source} is certified in {certificate.dtype} and loaded in {dtype}: its rescalings and its "
+                "certificate are "
                 "computed afresh for the weights as cast."
             )
             for module in self.rescaled_modules():
@@ -173,7 +182,7 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         certificate.require_match(weights_sha256(self.state_dict()), self.config.architecture(), source)
         self.attach_certificate(certificate)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -181,8 +190,8 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """As in transformers, with the certificate beside the weights. Files are written aside and then moved over the old
-        ones, so that a kill during the save leaves the old checkpoint."""
+        """As in transformers, with the certificate beside the weights. Files are written aside and then moved over
+        the old ones, so that a kill during the save leaves the old checkpoint."""
         self.freeze()
         if not is_main_process:
             return
@@ -206,11 +215,12 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(hub_arguments.pop("repo_id", target.resolve().name), **hub_arguments)
 
-    def write_certificate(self, folder: Path, state_dict: dict | None) -> None:
-        certificate = getattr(self, "certificate", None) or self.certify()  # type: ignore[operator]
+    def write_certificate(self: Any, folder: Path, state_dict: dict | None) -> None:
+        certificate = getattr(self, "certificate", None) or self.certify()
         if state_dict is not None and weights_sha256(state_dict) != certificate.weights_sha256:
             raise ValueError(
-                "`state_dict` differs from the model's own weights, which are what the certificate is for: load it into the "
+                "`state_dict` differs from the model's own weights, which are what the certificate is for: load it "
+                "into the "
                 "model and save without `state_dict`."
             )
         certificate.save(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from handmade_checkpoint import Checkpoint, effective, head_rows, honest_checkpoint, layers_of, operator, stated_norm
+from .handmade_checkpoint import Checkpoint, effective, head_rows, honest_checkpoint, layers_of, operator, stated_norm
 
 import hf_lip.checkpoints.verify
 from hf_lip.checkpoints.verify import VerificationReport, verify_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from handmade_checkpoint import honest_checkpoint
+from .handmade_checkpoint import honest_checkpoint
 
 from hf_lip.checkpoints.verify import verify_checkpoint
 

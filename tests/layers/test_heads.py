@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads, and radii against exact distances to the decision boundary."""
 
-import math
-
 import pytest
 import torch
 

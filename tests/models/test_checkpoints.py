@@ -125,7 +125,10 @@ DAMAGE = {
         "sha256",
     ),
     "certificate-json": (lambda f: (f / "lipschitz_certificate.json").write_text("{"), "not valid JSON"),
-    "certificate-format": (lambda f: edit_json(f / "lipschitz_certificate.json", format="x"), "not a Lipschitz certificate"),
+    "certificate-format": (
+        lambda f: edit_json(f / "lipschitz_certificate.json", format="x"),
+        "not a Lipschitz certificate",
+    ),
     "certificate-version": (lambda f: edit_json(f / "lipschitz_certificate.json", format_version=9), "format_version"),
     "certificate-field": (lambda f: edit_json(f / "lipschitz_certificate.json", extra=1), "extra"),
     "certificate-constant": (
@@ -168,7 +171,9 @@ def test_sharded_checkpoint(tmp_path):
     model = make_model("sll").eval()
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path)(pixels()).logits, model(pixels()).logits)
+    assert torch.equal(
+        AutoModelForImageClassification.from_pretrained(tmp_path)(pixels()).logits, model(pixels()).logits
+    )
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("model-*.safetensors"))
     assert not (tmp_path / "model.safetensors.index.json").exists()

@@ -170,7 +170,13 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_hidden_states_and_tuples():
     model = make_model("cpl").eval()
     out = model(pixels(), output_hidden_states=True)
-    assert [tuple(state.shape[1:]) for state in out.hidden_states] == [(2, 8, 8), (6, 8, 8), (6, 4, 4), (8, 4, 4), (5, 4, 4)]
+    assert [tuple(state.shape[1:]) for state in out.hidden_states] == [
+        (2, 8, 8),
+        (6, 8, 8),
+        (6, 4, 4),
+        (8, 4, 4),
+        (5, 4, 4),
+    ]
     as_tuple = model(pixels(), return_dict=False)
     assert torch.equal(as_tuple[0], model(pixels()).logits)
 

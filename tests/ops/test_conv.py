@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Norms of convolutions against explicit operators, and the explicit operators against torch's own layers."""
 
+import itertools
 import math
 
 import pytest
@@ -207,7 +208,7 @@ def test_kernel_norm_tends_to_the_norm_on_the_infinite_grid():
     weight = torch.randn(4, 6, 3, 3, dtype=DOUBLE)
     limit = torch.linalg.svdvals(conv_frequency_blocks(weight, 256)).amax().item()
     errors = [conv_kernel_norm(weight, n).item() / limit - 1 for n in range(1, 6)]
-    assert all(later < 0.75 * earlier for earlier, later in zip(errors, errors[1:]))
+    assert all(later < 0.75 * earlier for earlier, later in itertools.pairwise(errors))
     assert 0 < errors[-1] < 0.05
 
 

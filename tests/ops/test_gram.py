@@ -2,6 +2,7 @@
 """Gram iteration against singular values: bound, rate, scale, gradient and memory."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -164,6 +165,16 @@ def test_saved_memory_does_not_depend_on_the_iterations(shape):
     counts = [saved_entries(n) for n in (1, 6, 15)]
     # the weight and the scalar result
     assert counts == [weight.numel() + 1] * 3
+
+
+@pytest.mark.parametrize("shape", [(2, 20000), (20000, 2)])
+def test_the_smaller_side_is_iterated(shape):
+    # the larger gram matrix would take 1.6 GB a copy
+    weight = torch.randn(shape, requires_grad=True)
+    start = time.process_time()
+    gram_iteration(weight, 10).backward()
+    assert time.process_time() - start < 2
+    assert weight.grad.shape == weight.shape
 
 
 def test_batch_equals_loop():

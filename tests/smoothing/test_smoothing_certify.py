@@ -113,9 +113,7 @@ def test_the_procedure_errs_at_most_alpha_on_a_tie():
 
     runs, alpha = 300, 0.05
     arguments = {"sigma": 1.0, "n0": 10, "n": 200, "alpha": alpha, "num_classes": 2, "seed": 7}
-    false = sum(
-        not certify_mono(tie, torch.zeros(1), **arguments, index=index).abstained for index in range(runs)
-    )
+    false = sum(not certify_mono(tie, torch.zeros(1), **arguments, index=index).abstained for index in range(runs))
     assert false / runs <= alpha + 4 * math.sqrt(alpha * (1 - alpha) / runs)
 
 

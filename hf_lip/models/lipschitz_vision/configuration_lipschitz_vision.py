@@ -46,7 +46,8 @@ CIFAR10_MEAN = [0.4914, 0.4822, 0.4465]
 
 
 def published_size(num_conv: int, width: int, num_dense: int) -> dict[str, Any]:
-    """The pattern of Meunier et al. 2022 and Araujo et al. 2023, its equal convolutional blocks dealt out over four stages."""
+    """The pattern of Meunier et al. 2022 and Araujo et al. 2023, its equal convolutional blocks dealt out over four
+    stages."""
     return {
         "depths": [num_conv // 4 + (stage < num_conv % 4) for stage in range(4)],
         "hidden_sizes": [width] * 4,
@@ -97,23 +98,26 @@ class LipschitzVisionConfig(BackboneConfigMixin, PreTrainedConfig):
             and `sr` linear followed by an activation.
         image_size (`int`, *optional*, defaults to 32): side of the square image the certificate holds for.
         num_channels (`int`, *optional*, defaults to 3): channels of the image.
-        hidden_sizes (`list[int]`, *optional*, defaults to `[45, 45, 45, 45]`): channels of each stage; zero padding or
-            projection joins stages of different width.
-        depths (`list[int]`, *optional*, defaults to `[5, 5, 5, 5]`): convolutional blocks in each stage; 0 is allowed.
-        downsample_factors (`list[int]`, *optional*, defaults to `[1, 1, 1, 1]`): shrinks the image at the start of a stage.
-        downsample_type (`str`, *optional*, defaults to `"pool"`): `pool` (window sums over k) or `unshuffle` (pixels to channels).
+        hidden_sizes (`list[int]`, *optional*, defaults to `[45, 45, 45, 45]`): channels of each stage; zero padding
+            or projection joins stages of different width.
+        depths (`list[int]`, *optional*, defaults to `[5, 5, 5, 5]`): convolutional blocks of each stage, 0 allowed.
+        downsample_factors (`list[int]`, *optional*): shrinks the image at the start of a stage; `None` is 1 everywhere.
+        downsample_type (`str`, *optional*, defaults to `"pool"`): `pool` (sums over k x k windows, divided by k) or
+            `unshuffle` (pixels to channels).
         kernel_size (`int`, *optional*, defaults to 3): odd.
         padding_mode (`str`, *optional*, defaults to `"zeros"`): `zeros` or `circular`; others stretch and are refused.
-        conv_hidden_size (`int`, *optional*, defaults to 5): hidden channels of a residual convolution; `None` is the width.
+        conv_hidden_size (`int`, *optional*, defaults to 5): hidden channels of a residual convolution; `None` is the
+            width of the stage.
         pool_size (`int`, *optional*, defaults to 4): window of the sum pooling before flattening.
-        dense_size (`int`, *optional*): features after flattening; `None` keeps them all, more are zeros, fewer are dropped.
+        dense_size (`int`, *optional*): features after flattening; `None` keeps them, more are zeros, fewer dropped.
         num_dense_layers (`int`, *optional*, defaults to 7): dense blocks.
-        dense_hidden_size (`int`, *optional*, defaults to 2048): hidden features of a residual dense block; `None` is the width.
-        hidden_act (`str`, *optional*, defaults to `"relu"`): inside residual blocks; elementwise with slopes in [0, 1].
-        activation (`str`, *optional*): after every block; `None` is MaxMin for linear blocks and nothing for residual ones.
+        dense_hidden_size (`int`, *optional*, defaults to 2048): hidden features of a residual dense block; `None` is
+            the width.
+        hidden_act (`str`, *optional*, defaults to `"relu"`): in residual blocks; elementwise with slopes in [0, 1].
+        activation (`str`, *optional*): after every block; `None` is MaxMin for linear blocks, nothing for others.
         num_iterations (`int`, *optional*): Gram iterations of the rescaling of `sr` (default 3) and `sll` (default 1).
         image_mean, image_std (`list[float]`, *optional*): subtracted and divided inside the model, in pixel units; the
-            division multiplies the Lipschitz constant by 1 / min(std). Default: no change.
+            division multiplies the Lipschitz constant by 1 / min(std). `None` changes nothing.
         head_type (`str`, *optional*, defaults to `"lln"`): `lln` (rows of norm 1), `spectral` (the whole layer divided
             by its norm) or `truncation` (the first features are the logits).
     """
@@ -159,7 +163,8 @@ class LipschitzVisionConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_size(cls, name: str, block_type: str | None = None, **overrides) -> "LipschitzVisionConfig":
-        """A named configuration: `tiny`, `cpl-s` ... `cpl-xl`, `sll-s` ... `sll-xl`, or `S` ... `XL` with a `block_type`.
+        """A named configuration: `tiny`, `cpl-s` ... `cpl-xl`, `sll-s` ... `sll-xl`, or `S` ... `XL` with a
+        `block_type`.
 
         Raises:
             ValueError: if the name is unknown.
@@ -237,7 +242,8 @@ class LipschitzVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         shrink = math.prod(self.downsample_factors) * self.pool_size
         if self.image_size % shrink:
             raise ValueError(
-                f"`image_size`={self.image_size} must be divisible by `downsample_factors` times `pool_size`, {shrink}."
+                f"`image_size`={self.image_size} must be divisible by `downsample_factors` times `pool_size`, "
+                f"{shrink}."
             )
 
     def validate_normalization(self):

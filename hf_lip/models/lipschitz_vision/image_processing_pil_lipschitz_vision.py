@@ -16,9 +16,9 @@ class LipschitzVisionImageProcessorKwargs(ImagesKwargs, total=False):
 class LipschitzVisionImageProcessorPil(PilBackend):
     """Images -> `pixel_values` (B, C, H, W) in [0, 1].
 
-    8-bit images are divided by 255; floating-point arrays must lie in [0, 1] already and are passed on. Normalisation is a
-    layer of the model, so that radii stay in pixel units. An image of another size than `size` is resized, and then the
-    radius is in pixels of the resized image.
+    8-bit images are divided by 255; floating-point arrays must lie in [0, 1] already and are passed on. Normalisation
+    is a layer of the model, so that radii stay in pixel units. An image of another size than `size` is resized, and
+    then the radius is in pixels of the resized image.
 
     Args:
         size: {"height", "width"} of the model's input.
@@ -35,19 +35,20 @@ class LipschitzVisionImageProcessorPil(PilBackend):
     rescale_factor = 1 / 255
     do_normalize = False
 
-    def process_image(self, image, num_channels: int | None = None, **kwargs) -> np.ndarray:
+    def process_image(self, image, num_channels: int | None = None, **kwargs) -> np.ndarray:  # type: ignore[override]
         channels = self.num_channels if num_channels is None else num_channels
         if isinstance(image, Image.Image):
             image = image.convert("L" if channels == 1 else "RGB")
         array = super().process_image(image, **kwargs)
         if array.shape[0] != channels:
             raise ValueError(
-                f"The image has {array.shape[0]} channels and the model takes `num_channels`={channels}: convert it, or pass a "
+                f"The image has {array.shape[0]} channels and the model takes `num_channels`={channels}: convert it, "
+                "or pass a "
                 "PIL image, which is converted."
             )
         return array
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]
         self,
         images: list[np.ndarray],
         do_resize: bool,
@@ -67,7 +68,8 @@ class LipschitzVisionImageProcessorPil(PilBackend):
                     image = self.rescale(image, rescale_factor)
             elif not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
                 raise ValueError(
-                    f"Floating-point `images` must lie in [0, 1], got [{image.min():.4g}, {image.max():.4g}]: divide by 255 or "
+                    f"Floating-point `images` must lie in [0, 1], got [{image.min():.4g}, {image.max():.4g}]: divide "
+                    "by 255 or "
                     "pass 8-bit images."
                 )
             processed.append(image.astype(np.float32))

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """1-Lipschitz image networks: normalisation, stages of certified blocks, dense neck, linear head.
 
-Every part is a node with a certified bound; the network's constant is the product over the nodes, in the order in which
-`forward` runs them. In training the fast rescalings act; in evaluation the stored ones, which `certify` checks in float64.
+Every part is a node with a certified bound; the network's constant is the product over the nodes, in the order in
+which `forward` runs them. In training the fast rescalings act; in evaluation the stored ones, which `certify` checks
+in float64.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +44,8 @@ class LipschitzImageClassifierOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`).
         certified_radius (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): radius, l2 on pixels in [0, 1],
             inside which the label of `logits` cannot change. Absent in training mode.
-        lipschitz_constant (`torch.DoubleTensor` of shape `()`, *optional*): certified bound of pixels -> logits, l2 to l2.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): stem and stages.
+        lipschitz_constant (`torch.DoubleTensor` of shape `()`, *optional*): certified bound of pixels -> logits, l2
+        to l2. hidden_states (`tuple(torch.FloatTensor)`, *optional*): stem and stages.
     """
 
     loss: Tensor | None = None
@@ -55,7 +57,7 @@ class LipschitzImageClassifierOutput(ModelOutput):
 
 def conv_layer(config: LipschitzVisionConfig, channels: int, image_size: int) -> LipschitzModule:
     """The convolutional layer of a block, channels -> channels at `image_size`."""
-    geometry = {"kernel_size": config.kernel_size, "padding_mode": config.padding_mode}
+    geometry: dict[str, Any] = {"kernel_size": config.kernel_size, "padding_mode": config.padding_mode}
     hidden = config.conv_hidden_size or channels
     if config.block_type == "cpl":
         return CPLConv2d(channels, hidden, image_size, activation=config.hidden_act, **geometry)
@@ -187,7 +189,7 @@ class LipschitzVisionPreTrainedModel(CertifiedPreTrainedModel):
     config: LipschitzVisionConfig
     base_model_prefix = "lipschitz_vision"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["LipschitzVisionBlock"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": LipschitzVisionStage}  # noqa: RUF012
@@ -204,7 +206,8 @@ class LipschitzVisionPreTrainedModel(CertifiedPreTrainedModel):
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             kind = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise TypeError(
-                f"`pixel_values` must be a floating-point tensor of pixels in [0, 1], got {kind}: divide 8-bit pixels by "
+                f"`pixel_values` must be a floating-point tensor of pixels in [0, 1], got {kind}: divide 8-bit pixels "
+                "by "
                 "255, or use the model's image processor."
             )
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
@@ -280,8 +283,8 @@ class LipschitzVisionBackbone(BackboneMixin, LipschitzVisionPreTrainedModel):
 class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
     """Image classifier that answers with a certified radius.
 
-    In evaluation mode `forward` runs in float64 and returns, beside the logits, the l2 radius in pixel units inside which
-    the label cannot change, from the per-pair constants of the head (lipschitz-layers section 5.1). With
+    In evaluation mode `forward` runs in float64 and returns, beside the logits, the l2 radius in pixel units inside
+    which the label cannot change, from the per-pair constants of the head (lipschitz-layers section 5.1). With
     `output_certified_radius=False`, and in training mode, it runs in the dtype of the weights and returns logits only.
     """
 
@@ -381,8 +384,9 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
         low, high = pixel_values.min().item(), pixel_values.max().item()
         if low < 0.0 or high > 1.0:
             raise ValueError(
-                f"`pixel_values` must lie in [0, 1], got [{low:.4g}, {high:.4g}]: radii are in that unit. Divide 8-bit pixels "
-                "by 255; to evaluate the logits of other inputs (noise, attacks) pass `output_certified_radius=False`."
+                f"`pixel_values` must lie in [0, 1], got [{low:.4g}, {high:.4g}]: radii are in that unit. Divide "
+                "8-bit pixels by 255; for the logits of other inputs (noise, attacks) pass "
+                "`output_certified_radius=False`."
             )
 
     @can_return_tuple
@@ -428,7 +432,8 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
         if labels is not None:
             if not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= self.num_labels):
                 raise ValueError(
-                    f"`labels` must lie in [0, {self.num_labels - 1}], got [{labels.min().item()}, {labels.max().item()}]: "
+                    f"`labels` must lie in [0, {self.num_labels - 1}], got [{labels.min().item()}, "
+                    f"{labels.max().item()}]: "
                     "set `num_labels` of the config to the number of classes in the data."
                 )
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
