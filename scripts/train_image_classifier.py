@@ -34,6 +34,7 @@ import platform
 import shlex
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,12 @@ from hf_lip.training.run_folder import find_checkpoint, list_checkpoints, remove
 from hf_lip.training.splits import Split, read_split
 
 
-RESULTS_NAME = "results.json"
-# what a push uploads; checkpoints, with their optimiser states, stay here
-PUBLIC_FILES = ["*.json", "model*.safetensors", "README.md"]
+# what a push leaves at home: optimiser states and logs
+PRIVATE_FILES = ["checkpoint-*", ".checkpoint-*", "logs/*"]
+DIVERGED = (
+    "Training has diverged: NaN or infinite loss or weights at step {}. Lower --learning_rate, set --max_grad_norm or "
+    "use --mixed_precision no. The checkpoints written so far are finite."
+)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
@@ -108,17 +112,14 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     if accelerator.device.type == "mps":
         raise RuntimeError("Certificates need float64, which this device (mps) does not have: pass --cpu.")
     if args.train_batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"--train_batch_size {args.train_batch_size} is for all processes together: make it a multiple of "
-            f"{accelerator.num_processes}."
-        )
+        raise ValueError(f"--train_batch_size must be a multiple of {accelerator.num_processes}, the processes.")
     return accelerator
 
 
 def prepare_data_and_model(
     data: DataArguments, model_args: ModelArguments, args: TrainingArguments, accelerator: Accelerator
-) -> tuple[Split, Split, Split | None, LipschitzVisionForImageClassification]:
-    """Training split, split of the final evaluation, held-out part or None, and the model to train."""
+) -> tuple[Split, Split, Split, LipschitzVisionForImageClassification]:
+    """Images to train on, to evaluate after each epoch, to evaluate at the end; the model to train."""
     columns = {"image_column": data.image_column, "label_column": data.label_column, "name": data.dataset_config}
     with accelerator.main_process_first():
         train_data = load_image_dataset(data.dataset, data.train_split, **columns)
@@ -134,33 +135,30 @@ def prepare_data_and_model(
         if "image_size" not in fields and height != width:
             raise ValueError(f"The first image is {height}x{width}, not square: give --image_size to resize.")
         resize = "image_size" in fields or "num_channels" in fields
-        names = train_data.features["label"].names
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+        names = dict(enumerate(train_data.features["label"].names))
+        labels = {"id2label": names, "label2id": {name: label for label, name in names.items()}}
         fields = {"image_size": height, "num_channels": channels, **labels, **fields}
         size = model_args.size
         config = LipschitzVisionConfig(**fields) if size is None else LipschitzVisionConfig.from_size(size, **fields)
 
-    def read(dataset: Any, limit: int | None) -> Split:
-        return read_split(
-            dataset,
-            [config.id2label[label] for label in range(config.num_labels)],
-            num_channels=config.num_channels,
-            image_size=config.image_size,
-            resize=resize,
-            limit=limit,
-            seed=args.seed,
-            progress=accelerator.is_main_process,
-        )
-
-    train, test = read(train_data, data.max_train_samples), read(eval_data, data.max_eval_samples)
-    validation = None
+    read = partial(
+        read_split,
+        names=[config.id2label[label] for label in range(config.num_labels)],
+        num_channels=config.num_channels,
+        image_size=config.image_size,
+        resize=resize,
+        seed=args.seed,
+        progress=accelerator.is_main_process,
+    )
+    train, test = read(train_data, limit=data.max_train_samples), read(eval_data, limit=data.max_eval_samples)
+    monitored = test
     if data.validation_share:
-        validation, train = train.hold_out(data.validation_share, args.seed)
+        monitored, train = train.hold_out(data.validation_share, args.seed)
     if model is None:
         if model_args.image_mean is None:
             config.image_mean = train.channel_means()
         model = LipschitzVisionForImageClassification(config)
-    return train, test, validation, model
+    return train, monitored, test, model
 
 
 def make_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
@@ -182,7 +180,7 @@ def training_loss(
     if args.loss == "xent":
         return margin_cross_entropy(logits, labels, offset=args.offset, temperature=args.temperature)
     # the features are 1-Lipschitz but for the division by the standard deviation
-    distances = pairwise_row_distances(model.classifier.effective_weight())  # type: ignore[operator]
+    distances = pairwise_row_distances(model.classifier.effective_weight())
     constants = distances.to(logits.device) / min(model.config.image_std or [1.0])
     epsilon = linear_ramp(progress, args.epsilon / 30, args.epsilon)
     return emma_loss(logits, labels, constants, epsilon=epsilon, temperature=args.temperature)
@@ -231,7 +229,6 @@ def train_model(
     steps_per_epoch = batches.steps_per_epoch
     total_steps = args.num_train_epochs * steps_per_epoch
     interval = args.checkpoint_interval(steps_per_epoch)
-    schedule = LEARNING_RATE_SCHEDULES[args.lr_schedule]
     plain_model = accelerator.unwrap_model(model)
     started, cpu_started = time.perf_counter() - state.seconds, time.process_time() - state.cpu_seconds
     loss_sum = torch.tensor(state.loss_sum, dtype=torch.float64, device=accelerator.device)
@@ -241,10 +238,7 @@ def train_model(
         state.loss_sum = accelerator.reduce(loss_sum, reduction="mean").item()
         state.seconds, state.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         if not (math.isfinite(state.loss_sum) and all(p.isfinite().all() for p in plain_model.parameters())):
-            raise RuntimeError(
-                f"Training has diverged: NaN or infinite loss or weights at step {state.step}. Lower --learning_rate, "
-                "set --max_grad_norm or use --mixed_precision no. The checkpoints written so far are finite."
-            )
+            raise RuntimeError(DIVERGED.format(state.step))
         return state.loss_sum / ((state.step - 1) % steps_per_epoch + 1)
 
     def save() -> None:
@@ -267,10 +261,13 @@ def train_model(
         )
         # the middle of the step's share of training: no step is lost to a rate of 0 at either end
         progress = (state.step + 0.5) / total_steps
-        learning_rate = args.learning_rate * schedule(progress)
+        learning_rate = args.learning_rate * LEARNING_RATE_SCHEDULES[args.lr_schedule](progress)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = training_loss(model(pixel_values=images).logits, labels, plain_model, args, progress)
+        try:
+            loss = training_loss(model(pixel_values=images).logits, labels, plain_model, args, progress)
+        except torch.linalg.LinAlgError as error:
+            raise RuntimeError(DIVERGED.format(state.step)) from error
         accelerator.backward(loss)
         state.step += 1
         loss_sum += loss.detach()
@@ -339,14 +336,14 @@ def write_results(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "history": state.history,
     }
-    write_json(output_dir / RESULTS_NAME, results)
+    write_json(output_dir / "results.json", results)
 
 
 def main(argv: list[str] | None = None) -> None:
     data, model_args, args = parse_arguments(argv)
     accelerator = start_accelerator(args)
     set_seed(args.seed)
-    train, test, validation, model = prepare_data_and_model(data, model_args, args, accelerator)
+    train, monitored, test, model = prepare_data_and_model(data, model_args, args, accelerator)
     batches = ImageBatches(
         train.images.to(accelerator.device),
         train.labels.to(accelerator.device),
@@ -354,11 +351,11 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         **data.augmentation(model.config.image_size),
     )
-    monitor = test if validation is None else validation
-    loaders = [DataLoader(TensorDataset(s.images, s.labels), batch_size=args.eval_batch_size) for s in (monitor, test)]
+    parts = [TensorDataset(split.images, split.labels) for split in (monitored, test)]
+    loaders = [DataLoader(part, batch_size=args.eval_batch_size) for part in parts]
     model.to(accelerator.device)
     evaluated = EvaluationCopy(model, args.ema_decay)
-    model, optimizer, monitor_loader, test_loader = accelerator.prepare(model, make_optimizer(model, args), *loaders)
+    model, optimizer, eval_loader, test_loader = accelerator.prepare(model, make_optimizer(model, args), *loaders)
 
     output_dir = Path(args.output_dir)
     arguments = {**vars(data), **vars(model_args), **vars(args)}
@@ -366,9 +363,8 @@ def main(argv: list[str] | None = None) -> None:
     identity = run_identity(data, model_args, args)
     state = RunState()
     if args.resume_from_checkpoint:
-        state = load_checkpoint(
-            find_checkpoint(output_dir, args.resume_from_checkpoint), identity, accelerator, evaluated
-        )
+        folder = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        state = load_checkpoint(folder, identity, accelerator, evaluated)
         accelerator.print(f"Resumed after step {state.step}.")
     elif accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -376,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
             remove_checkpoint(checkpoint)
     accelerator.init_trackers("hf_lip", config={name: str(value) for name, value in arguments.items()})
     accelerator.print(f"{len(train.labels)} training images, {len(test.labels)} for the final evaluation")
-    train_model(model, optimizer, batches, monitor_loader, evaluated, state, identity, args, accelerator)
+    train_model(model, optimizer, batches, eval_loader, evaluated, state, identity, args, accelerator)
 
     final_model = evaluated.refresh(accelerator.unwrap_model(model))
     if len(set(gather_object([weights_sha256(final_model.state_dict())]))) > 1:
@@ -392,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
             repo_id = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
             message = "Upload a certified image classifier"
             api.upload_folder(
-                repo_id=repo_id, folder_path=output_dir, allow_patterns=PUBLIC_FILES, commit_message=message
+                repo_id=repo_id, folder_path=output_dir, ignore_patterns=PRIVATE_FILES, commit_message=message
             )
     # a process that leaves first can leave the others hanging in the collective shutdown
     accelerator.wait_for_everyone()

@@ -18,7 +18,7 @@ LEVELS = [
     ("ops",),
     ("layers",),
     ("models",),
-    ("smoothing", "checkpoints", "metrics", "data", "training", "plots"),
+    ("smoothing", "checkpoints", "metrics", "data", "training", "plots", "audit"),
     ("pipelines",),
     ("assets", "registration", "cli", ""),
 ]

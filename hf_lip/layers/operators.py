@@ -91,8 +91,7 @@ class ConvOperator(Operator):
         if padding_mode not in PADDING_MODES:
             raise ValueError(
                 f"`padding_mode` must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}: reflect and "
-                "replicate "
-                "padding are not 1-Lipschitz maps, so the layer could not be certified."
+                "replicate padding are not 1-Lipschitz maps, so the layer could not be certified."
             )
         if stride < 1:
             raise ValueError(f"`stride` must be at least 1, got {stride}.")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import cached_file
 
 from .. import __version__
@@ -42,8 +42,7 @@ def refuse_pickle(folder: Path) -> None:
     if pickles:
         raise ValueError(
             f"{folder} holds {', '.join(pickles)} and no model.safetensors. Pickles can run code and are not loaded: "
-            "convert "
-            "the weights with `safetensors.torch.save_file` in an environment you trust."
+            "convert the weights with `safetensors.torch.save_file` in an environment you trust."
         )
 
 
@@ -62,6 +61,8 @@ def replace_files(staging: Path, target: Path) -> None:
     """Put the files of `staging` into `target`, all or nothing: a rename is the moment from which the new ones
     count."""
     for path in staging.iterdir():
+        # safetensors files are created private; a checkpoint is as readable as its config
+        path.chmod((staging / CONFIG_NAME).stat().st_mode & 0o777)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     names = {path.name for path in staging.iterdir()}
@@ -151,9 +152,9 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         if any(problems.values()):
             listing = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names)
             raise ValueError(
-                f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is "
-                "initialised or "
-                "dropped silently: use the checkpoint's own config, or `ignore_mismatched_sizes=True` for a new head."
+                f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is dropped or "
+                "initialised silently: use the checkpoint's own config, or `ignore_mismatched_sizes=True` for a new "
+                "head."
             )
         model.require_finite(source)
         if not info["missing_keys"] and not info["mismatched_keys"]:
@@ -165,7 +166,13 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         anew."""
         if not hasattr(self, "attach_certificate") or any(tensor.is_meta for tensor in self.state_dict().values()):
             return
-        path = cached_file(source, CERTIFICATE_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        path = cached_file(
+            source,
+            CERTIFICATE_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_arguments,
+        )
         if path is None:
             return
         certificate = LipschitzCertificate.load(path)
@@ -173,8 +180,7 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         if certificate.dtype != dtype:
             logger.warning(
                 f"{source} is certified in {certificate.dtype} and loaded in {dtype}: its rescalings and its "
-                "certificate are "
-                "computed afresh for the weights as cast."
+                "certificate are computed afresh for the weights as cast."
             )
             for module in self.rescaled_modules():
                 module.freeze()
@@ -220,7 +226,6 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         if state_dict is not None and weights_sha256(state_dict) != certificate.weights_sha256:
             raise ValueError(
                 "`state_dict` differs from the model's own weights, which are what the certificate is for: load it "
-                "into the "
-                "model and save without `state_dict`."
+                "into the model and save without `state_dict`."
             )
         certificate.save(folder)

@@ -126,9 +126,14 @@ def certified_spectral_norm(weight: Tensor) -> float:
     return _unscaled(_up(math.sqrt(_up(eigenvalue))), exponent)
 
 
+def _integers(count: int) -> Tensor:
+    # on the cpu whatever the default device of the caller
+    return torch.arange(count, device="cpu")
+
+
 def _frequencies(height: int, width: int) -> Tensor:
     """(F, 2) integer frequencies of an h x w torus, one of each complex conjugate pair."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width // 2 + 1), indexing="ij")
+    rows, columns = torch.meshgrid(_integers(height), _integers(width // 2 + 1), indexing="ij")
     own_conjugate = (columns == 0) | (2 * columns == width)
     kept = ~own_conjugate | (rows <= height // 2)
     return torch.stack([rows[kept], columns[kept]], dim=1)
@@ -137,7 +142,7 @@ def _frequencies(height: int, width: int) -> Tensor:
 def _phases(frequencies: Tensor, grid: tuple[int, int], taps: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Cosines and sines (F, taps) of the angles of a direct Fourier transform, each off by less than _PHASE_ERROR."""
     height, width = grid
-    x, y = torch.meshgrid(torch.arange(taps[0]), torch.arange(taps[1]), indexing="ij")
+    x, y = torch.meshgrid(_integers(taps[0]), _integers(taps[1]), indexing="ij")
     total = height * width
     # the angle as an exact fraction of the circle, reduced to half a turn before it is rounded
     turns = (frequencies[:, :1] * x.flatten() * width + frequencies[:, 1:] * y.flatten() * height) % total
@@ -266,7 +271,7 @@ def certified_row_distances(weight: Tensor) -> Tensor:
     """
     matrix = _matrix(weight)
     count = matrix.shape[0]
-    distances = torch.zeros(count, count, dtype=torch.float64)
+    distances = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     for row in range(count - 1):
         differences = matrix[row + 1 :] - matrix[row]
         overflow = torch.isinf(differences).any(dim=-1)

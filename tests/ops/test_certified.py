@@ -239,6 +239,22 @@ def test_frequencies_are_one_of_each_conjugate_pair(grid):
     assert all(f == ((-f[0]) % height, (-f[1]) % width) for f in kept & mirrored)
 
 
+@pytest.mark.parametrize(
+    ("grid", "taps"), [((5, 7), (3, 3)), ((34, 33), (3, 3)), ((113, 112), (7, 7)), ((1, 1000), (1, 9))]
+)
+def test_phases_are_as_accurate_as_the_proof_assumes(grid, taps):
+    frequencies = certified_module._frequencies(*grid)
+    cosines, sines = certified_module._phases(frequencies, grid, taps)
+    y, x = np.indices(taps).reshape(2, 1, -1)
+    f = frequencies.numpy()
+    # whole turns taken off in integers, the rest in extended precision
+    turns = (f[:, :1] * y * grid[1] + f[:, 1:] * x * grid[0]) % (grid[0] * grid[1])
+    angles = turns.astype(np.longdouble) * (8 * np.arctan(np.longdouble(1)) / (grid[0] * grid[1]))
+    assert np.finfo(np.longdouble).eps < 1e-18
+    error = np.hypot(cosines.numpy() - np.cos(angles), sines.numpy() - np.sin(angles)).max()
+    assert error < certified_module._PHASE_ERROR / 4
+
+
 def test_conv_bound_scales_over_the_whole_range():
     weight = torch.randn(3, 2, 3, 3, dtype=DOUBLE)
     reference = certified_conv_norm(weight, 5)
@@ -339,6 +355,19 @@ def test_certificates_do_not_track_gradients_and_leave_the_weight_alone():
     kernel = torch.randn(2, 3, 3, 3, requires_grad=True)
     assert isinstance(certified_conv_norm(kernel, 4), float)
     assert torch.equal(weight.detach(), copy)
+
+
+def test_certificates_do_not_depend_on_autocast_or_the_default_device():
+    weight, kernel = torch.randn(20, 30), torch.randn(3, 4, 3, 3)
+    calls = [
+        lambda: certified_spectral_norm(weight),
+        lambda: certified_conv_norm(kernel, 6),
+        lambda: certified_row_norms(weight).tolist(),
+        lambda: certified_row_distances(weight).tolist(),
+    ]
+    expected = [call() for call in calls]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        assert [call() for call in calls] == expected
 
 
 def test_thousand_small_layers_are_certified_quickly():

@@ -171,7 +171,7 @@ def test_wide_circular_padding_repeats_rows():
 
 
 def test_corrected_grid_bounds_every_frequency():
-    fine_size = 96
+    fine_size = 40
     for index in range(400):
         weight = random_kernel(2, 7)
         grid = (weight.shape[2] + index % 5, weight.shape[3] + (index // 5) % 5)

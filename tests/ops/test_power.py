@@ -97,8 +97,8 @@ def test_conv_estimate_converges_to_the_operator_norm_from_below(mode, kernel, s
         sigma, vector = conv_spectral_norm_estimate(weight, start, **options, num_iterations=n)
         assert 0 < sigma.item() <= exact * (1 + 1e-12)
         assert vector.shape == start.shape
-    sigma, _ = conv_spectral_norm_estimate(weight, start, **options, num_iterations=2000)
-    assert sigma.item() == pytest.approx(exact, rel=1e-3)
+    sigma, _ = conv_spectral_norm_estimate(weight, start, **options, num_iterations=600)
+    assert sigma.item() == pytest.approx(exact, rel=1e-2)
 
 
 def test_zero_weights_and_zero_vectors_stay_finite():

@@ -43,8 +43,7 @@ class LipschitzVisionImageProcessorPil(PilBackend):
         if array.shape[0] != channels:
             raise ValueError(
                 f"The image has {array.shape[0]} channels and the model takes `num_channels`={channels}: convert it, "
-                "or pass a "
-                "PIL image, which is converted."
+                "or pass a PIL image, which is converted."
             )
         return array
 
@@ -69,8 +68,7 @@ class LipschitzVisionImageProcessorPil(PilBackend):
             elif not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
                 raise ValueError(
                     f"Floating-point `images` must lie in [0, 1], got [{image.min():.4g}, {image.max():.4g}]: divide "
-                    "by 255 or "
-                    "pass 8-bit images."
+                    "by 255 or pass 8-bit images."
                 )
             processed.append(image.astype(np.float32))
         return BatchFeature(data={"pixel_values": processed}, tensor_type=return_tensors)
