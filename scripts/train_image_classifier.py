@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
             api.upload_folder(
                 repo_id=repo_id, folder_path=output_dir, ignore_patterns=PRIVATE_FILES, commit_message=message
             )
-    # a process that leaves first can leave the others hanging in the collective shutdown
+    # gloo's threads drop the last gathered tensors meanwhile: freeing the group before can deadlock on the GIL
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
