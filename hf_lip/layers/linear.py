@@ -11,11 +11,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from ..ops.rescale import rescaling_factors
 from .base import UNIT_ROUNDOFF, RescaledModule, gamma
-from .operators import ConvOperator, DenseOperator, Operator, at_least_float32, fan_in_uniform_
+from .operators import ConvOperator, DenseOperator, Operator, at_least_float32
 
 
 class RescaledLayer(Operator, RescaledModule):
@@ -40,14 +39,10 @@ class RescaledLayer(Operator, RescaledModule):
         self.register_buffer("rescaling", torch.ones(weight_shape[0 if side == "output" else 1]))
 
     def reset_parameters(self) -> None:
-        # orthogonal in the middle of the kernel: the rescaling of an orthogonal matrix is 1, so deep stacks start as
-        # isometries instead of contracting to zero
-        value = torch.zeros(self.weight.shape)
-        middle = value if value.ndim == 2 else value[:, :, value.shape[2] // 2, value.shape[3] // 2]
-        middle.copy_(nn.init.orthogonal_(torch.empty(middle.shape)))
-        init.copy_(self.weight, value)
+        # the identity has rescaling 1, so deep stacks start as isometries instead of contracting to zero
+        (nn.init.eye_ if self.weight.ndim == 2 else nn.init.dirac_)(self.weight)
         if self.bias is not None:
-            fan_in_uniform_(self.bias, self.weight)
+            nn.init.zeros_(self.bias)
         nn.init.ones_(self.rescaling)
         self._stale = not self.weight.is_meta
 

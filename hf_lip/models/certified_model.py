@@ -152,16 +152,16 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         if any(problems.values()):
             listing = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names)
             raise ValueError(
-                f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is dropped or "
-                "initialised silently: use the checkpoint's own config, or `ignore_mismatched_sizes=True` for a new "
-                "head."
+                f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is dropped "
+                "or initialised silently: use the checkpoint's own config, or `ignore_mismatched_sizes=True` to give "
+                "it a new head."
             )
         model.require_finite(source)
         if not info["missing_keys"] and not info["mismatched_keys"]:
             model.adopt_certificate(source, hub_arguments)
         return (model, info) if return_info else model
 
-    def adopt_certificate(self, source: str, hub_arguments: dict[str, Any]) -> None:
+    def adopt_certificate(self: Any, source: str, hub_arguments: dict[str, Any]) -> None:
         """Take over the certificate beside the weights if this class has one; a cast model is frozen and certified
         anew."""
         if not hasattr(self, "attach_certificate") or any(tensor.is_meta for tensor in self.state_dict().values()):

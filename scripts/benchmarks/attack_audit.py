@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -35,7 +36,8 @@ class AuditArguments:
 
 
 def main() -> int:
-    (args,) = HfArgumentParser(AuditArguments).parse_args_into_dataclasses()
+    kinds: Any = AuditArguments
+    (args,) = HfArgumentParser(kinds).parse_args_into_dataclasses()
     model = AutoModelForImageClassification.from_pretrained(args.model)
     dataset = load_image_dataset(args.data, args.split)
     images, _ = dataset_to_tensors(

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from .handmade_checkpoint import Checkpoint, effective, head_rows, honest_checkpoint, layers_of, operator, stated_norm
 
 import hf_lip.checkpoints.verify
 from hf_lip.checkpoints.verify import VerificationReport, verify_checkpoint
+
+from .handmade_checkpoint import Checkpoint, effective, head_rows, honest_checkpoint, layers_of, operator, stated_norm
 
 
 STAGE = "lipschitz_vision.stages.0.blocks.0.layer"

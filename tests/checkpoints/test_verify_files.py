@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from .handmade_checkpoint import honest_checkpoint
 
 from hf_lip.checkpoints.verify import verify_checkpoint
+
+from .handmade_checkpoint import honest_checkpoint
 
 
 def edit_json(folder: Path, name: str, change: Callable[[dict], None]) -> None:

@@ -101,7 +101,7 @@ class LipschitzVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_sizes (`list[int]`, *optional*, defaults to `[45, 45, 45, 45]`): channels of each stage; zero padding
             or projection joins stages of different width.
         depths (`list[int]`, *optional*, defaults to `[5, 5, 5, 5]`): convolutional blocks of each stage, 0 allowed.
-        downsample_factors (`list[int]`, *optional*): shrinks the image at the start of a stage; `None` is 1 everywhere.
+        downsample_factors (`list[int]`, *optional*): shrinks the image before each stage; `None` is 1 everywhere.
         downsample_type (`str`, *optional*, defaults to `"pool"`): `pool` (sums over k x k windows, divided by k) or
             `unshuffle` (pixels to channels).
         kernel_size (`int`, *optional*, defaults to 3): odd.
