@@ -7,6 +7,8 @@ ICML 2022; SLL: Araujo et al., ICLR 2023). CPL takes T = ||K||^2 I, SLL takes T_
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,15 @@ SMALL_GRAM = 64
 
 
 class ResidualLayer(Operator, RescaledModule):
-    """Common part: parameters, forward pass, certificate. `rescaling` is T, one positive number per hidden channel."""
+    """Common part: parameters, forward pass, certificate. `rescaling` is T, one positive number per hidden channel.
+
+    `initial_bias`, if set before `reset_parameters`, starts K with orthonormal rows and all biases at this value. A
+    negative one leaves most hidden units off, so that a stack of a thousand layers starts near the identity; with the
+    usual start each layer folds the space and a thousand of them map all images to one point.
+    """
 
     bias: nn.Parameter
+    initial_bias: float | None = None
 
     def __init__(self, weight_shape: tuple[int, ...], activation: str):
         super().__init__()
@@ -48,6 +56,16 @@ class ResidualLayer(Operator, RescaledModule):
         hidden = MONOTONE_ACTIVATIONS[self.activation](hidden)
         hidden = hidden / self.per_channel(self.current_rescaling().to(x.dtype))
         return x - 2.0 * self.apply_adjoint(hidden, weight)
+
+    def initialise(self, usual: Callable[[Tensor], Tensor]) -> None:
+        """Start the weight as `usual` does and the bias as torch does, or both as `initial_bias` asks."""
+        if self.initial_bias is None:
+            usual(self.weight)
+            fan_in_uniform_(self.bias, self.weight)
+        else:
+            nn.init.orthogonal_(self.weight)
+            nn.init.constant_(self.bias, self.initial_bias)
+        nn.init.ones_(self.rescaling)
 
     def scaled_weight(self) -> Tensor:
         """T^-1/2 K in float64, for the numbers as stored."""
@@ -97,9 +115,7 @@ class ConvexPotentialLayer(ResidualLayer):
     power_iteration_vector: Tensor
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        fan_in_uniform_(self.bias, self.weight)
-        nn.init.ones_(self.rescaling)
+        self.initialise(partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
         nn.init.ones_(self.power_iteration_vector)
         if not self.weight.is_meta:
             with torch.no_grad():
@@ -207,10 +223,8 @@ class SDPLipschitzLayer(ResidualLayer):
     log_q: nn.Parameter
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_normal_(self.weight)
-        fan_in_uniform_(self.bias, self.weight)
+        self.initialise(nn.init.xavier_normal_)
         nn.init.normal_(self.log_q)
-        nn.init.ones_(self.rescaling)
         self._stale = not self.weight.is_meta
 
     def rescaling_of(self, weight: Tensor) -> Tensor:

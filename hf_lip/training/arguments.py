@@ -94,6 +94,7 @@ class ModelArguments:
     )
     activation: Literal["maxmin", "householder", "relu"] | None = option(None, "Activation after every block.")
     num_iterations: int | None = option(None, "Gram iterations of the rescaling.")
+    initial_bias: float | None = option(None, "Start of residual blocks, orthonormal; -0.5 lets 1,000 layers train.")
     head_type: Literal["lln", "spectral", "truncation"] | None = option(None, "Last layer.")
     image_mean: list[float] | None = option(None, "Per channel. Default: measured on the training images.")
     image_std: list[float] | None = option(None, "Per channel. Default 1; less multiplies the constant by 1/std.")

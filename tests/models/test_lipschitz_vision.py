@@ -167,6 +167,21 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(one.grad, other.grad, msg=name)
 
 
+def test_negative_initial_bias_keeps_images_apart_through_hundreds_of_layers():
+    def contraction(initial_bias):
+        torch.manual_seed(0)
+        fields = {**SMALL, **CASES["dense-only"], "block_type": "cpl", "num_dense_layers": 300, "dense_hidden_size": 5}
+        model = LipschitzVisionForImageClassification(
+            LipschitzVisionConfig(**fields, initial_bias=initial_bias)
+        ).eval()
+        one, other = pixels(), pixels().flip(0)
+        features = model.lipschitz_vision(one).pooler_output - model.lipschitz_vision(other).pooler_output
+        return (features.norm() / (one - other).norm()).item()
+
+    assert contraction(None) < 0.2
+    assert contraction(-0.5) > 0.5
+
+
 def test_hidden_states_and_tuples():
     model = make_model("cpl").eval()
     out = model(pixels(), output_hidden_states=True)

@@ -116,6 +116,8 @@ class LipschitzVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"relu"`): in residual blocks; elementwise with slopes in [0, 1].
         activation (`str`, *optional*): after every block; `None` is MaxMin for linear blocks, nothing for others.
         num_iterations (`int`, *optional*): Gram iterations of the rescaling of `sr` (default 3) and `sll` (default 1).
+        initial_bias (`float`, *optional*): starts residual blocks with orthonormal rows and this bias. A negative
+            value, such as -0.5, leaves most units off, which very deep stacks need. `None` is the published start.
         image_mean, image_std (`list[float]`, *optional*): subtracted and divided inside the model, in pixel units; the
             division multiplies the Lipschitz constant by 1 / min(std). `None` changes nothing.
         head_type (`str`, *optional*, defaults to `"lln"`): `lln` (rows of norm 1), `spectral` (the whole layer divided
@@ -141,6 +143,7 @@ class LipschitzVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_act: str = "relu"
     activation: str | None = None
     num_iterations: int | None = None
+    initial_bias: int | float | None = None
     image_mean: list[int | float] | tuple[int | float, ...] | None = None
     image_std: list[int | float] | tuple[int | float, ...] | None = None
     head_type: str = "lln"

@@ -24,7 +24,7 @@ from ...layers.activations import ACTIVATIONS
 from ...layers.base import LipschitzModule, product_up
 from ...layers.heads import HEADS, ClassifierHead, certified_radius
 from ...layers.linear import AOLConv2d, AOLLinear, SRConv2d, SRLinear
-from ...layers.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from ...layers.residual import CPLConv2d, CPLLinear, ResidualLayer, SLLConv2d, SLLLinear
 from ...layers.shape import Flatten, InputNormalization, PixelUnshuffle, SumPool2d, match_channels
 from ..certificate import LipschitzCertificate, weights_sha256
 from ..certified_model import CertifiedPreTrainedModel, package_versions
@@ -197,6 +197,8 @@ class LipschitzVisionPreTrainedModel(CertifiedPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ResidualLayer):
+            module.initial_bias = self.config.initial_bias
         if isinstance(module, LipschitzModule) and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
 
