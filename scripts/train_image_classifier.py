@@ -71,7 +71,7 @@ from hf_lip.training.splits import Split, read_split
 
 
 # what a push leaves at home: optimiser states and logs
-PRIVATE_FILES = ["checkpoint-*", ".checkpoint-*", "logs/*"]
+PRIVATE = ["checkpoint-*", ".checkpoint-*", "logs/*"]
 DIVERGED = (
     "Training has diverged: NaN or infinite loss or weights at step {}. Lower --learning_rate, set --max_grad_norm or "
     "use --mixed_precision no. The checkpoints written so far are finite."
@@ -89,8 +89,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[DataArguments, ModelArgumen
             find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
         if args.report_to != "none" and args.report_to not in map(str, get_available_trackers()):
             raise ValueError(f"--report_to {args.report_to} needs a package: pip install {args.report_to}.")
-        if args.push_to_hub and not (args.hub_token or get_token()):
-            raise ValueError("--push_to_hub needs a token: run `hf auth login`, set HF_TOKEN or give --hub_token.")
+        if args.push_to_hub:
+            if not (args.hub_token or get_token()):
+                raise ValueError("--push_to_hub needs a token: run `hf auth login`, set HF_TOKEN or give --hub_token.")
+            HfApi(token=args.hub_token).whoami()
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return data, model, args
@@ -385,11 +387,9 @@ def main(argv: list[str] | None = None) -> None:
         write_results(output_dir, final_model, metrics, state, batches, arguments, command, accelerator.num_processes)
         if args.push_to_hub:
             api = HfApi(token=args.hub_token)
-            repo_id = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+            repo = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
             message = "Upload a certified image classifier"
-            api.upload_folder(
-                repo_id=repo_id, folder_path=output_dir, ignore_patterns=PRIVATE_FILES, commit_message=message
-            )
+            api.upload_folder(repo_id=repo, folder_path=output_dir, ignore_patterns=PRIVATE, commit_message=message)
     # gloo's threads drop the last gathered tensors meanwhile: freeing the group before can deadlock on the GIL
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -16,7 +16,8 @@ MONOTONE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": nn.functional.leaky_relu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "softplus": nn.functional.softplus,
+    # not torch's softplus, which jumps where it switches to the identity
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
 }
 
 

@@ -108,7 +108,13 @@ class RescaledModule(LipschitzModule):
                 "checkpoint is damaged. Load an earlier checkpoint or train again with a smaller learning rate."
             )
         value = self.certified_rescaling() * (1.0 + RESCALING_MARGIN)
-        self.rescaling.copy_(round_up(value, self.rescaling.dtype).to(self.rescaling.device))
+        stored = round_up(value, self.rescaling.dtype)
+        if not torch.isfinite(stored).all():
+            raise ValueError(
+                f"The weight of {type(self).__name__} is so large that its rescaling overflows "
+                f"{self.rescaling.dtype}: use bfloat16 or float32."
+            )
+        self.rescaling.copy_(stored.to(self.rescaling.device))
         # weights move on while training goes on
         self._stale = self.training
 

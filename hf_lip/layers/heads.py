@@ -176,6 +176,7 @@ def certified_radius(
     feature_constant: float,
     evaluation_error: float,
     output_roundoff: float = UNIT_ROUNDOFF,
+    head_norm: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Radius inside which no l2 perturbation changes the arg max: min over all j of margin_ij / (F ||v_i - v_j||).
 
@@ -185,8 +186,11 @@ def certified_radius(
         logits: (B, num_labels), float64, as evaluated.
         pair_distances: (num_labels, num_labels), certified upper bounds of ||v_i - v_j||.
         feature_constant: certified Lipschitz constant F from pixels in [0, 1] to features.
-        evaluation_error: bound on |evaluated logit - exact logit|; twice it is taken off every margin.
+        evaluation_error: bound on |evaluated logit - exact logit|, taken off every margin four times: two logits at
+            this image and two at the changed one.
         output_roundoff: unit roundoff of the dtype the logits are handed out in, so that their arg max is the same.
+        head_norm: bound on every ||v_i||; logits at the edge of the ball are larger by F ||v_i|| times the radius, and
+            so is their rounding.
 
     Returns:
         Predicted classes (B,) and radii (B,) in pixel units, 0 where the margin does not exceed the rounding error.
@@ -200,12 +204,13 @@ def certified_radius(
             f"`logits` must be float64 to be certified, got {logits.dtype}: evaluate the model in float64."
         )
     prediction = logits.argmax(dim=1)
-    constants = feature_constant * pair_distances.to(logits.device)[prediction]
     margin = logits.gather(1, prediction[:, None]) - logits
     # the difference is rounded once, and both logits once more when they are handed out
     rounding = (4.0 * output_roundoff + 4.0 * UNIT_ROUNDOFF) * logits.abs().amax(dim=1, keepdim=True)
-    margin = margin - 2.0 * evaluation_error - rounding
-    radius = margin / constants * (1.0 - 8 * UNIT_ROUNDOFF)
+    margin = margin - 4.0 * evaluation_error - rounding
+    # growth of the margin's loss per unit of distance; the floor keeps a vanishing constant from rounding to zero
+    constants = feature_constant * (pair_distances.to(logits.device)[prediction] + 4.0 * output_roundoff * head_norm)
+    radius = margin / constants.clamp_min(1e-300) * (1.0 - 8 * UNIT_ROUNDOFF)
     own = torch.nn.functional.one_hot(prediction, logits.shape[1]).bool()
     radius = radius.masked_fill(own, torch.inf).amin(dim=1)
     certified = torch.isfinite(logits).all(dim=1) & (radius > 0)

@@ -135,7 +135,8 @@ class ConvexPotentialLayer(ResidualLayer):
         return torch.where(squared > 0, squared, torch.ones_like(squared)).expand(self.rescaling.shape)
 
     def certified_rescaling(self) -> Tensor:
-        squared = self.certified_norm(self.weight) ** 2
+        norm = self.certified_norm(self.weight)
+        squared = norm * norm
         return torch.full(self.rescaling.shape, squared if squared > 0 else 1.0, dtype=torch.float64)
 
 

@@ -81,10 +81,12 @@ class LipschitzCertificate:
     def __post_init__(self):
         for name in ("lipschitz_constant", "feature_constant", "evaluation_error"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
                 raise ValueError(
                     f"`{name}` of a Lipschitz certificate must be finite and not negative, got {value!r}."
                 )
+        if self.unit != UNIT:
+            raise ValueError(f"`unit` of a Lipschitz certificate must be {UNIT!r}, got {self.unit!r}.")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
@@ -121,6 +123,20 @@ class LipschitzCertificate:
             difference = ", ".join(sorted(set(content) ^ names))
             raise ValueError(f"{path} has missing or unknown fields: {difference}.")
         return cls(**content)
+
+    def require_covers(self, proved: "LipschitzCertificate", source: str) -> None:
+        """Raise if a constant is stated lower than it was just proved, by more than rounding.
+
+        Raises:
+            ValueError: naming the constant and the remedy.
+        """
+        for name in ("lipschitz_constant", "feature_constant", "evaluation_error"):
+            stated, bound = getattr(self, name), getattr(proved, name)
+            if stated < bound * (1.0 - 1e-6):
+                raise ValueError(
+                    f"{CERTIFICATE_NAME} in {source} states {name}={stated!r}, proved is {bound!r}: the certificate "
+                    "is false. Fetch the checkpoint again, or delete the file and save the model to certify it afresh."
+                )
 
     def require_match(self, other_hash: str, architecture: Mapping[str, Any], source: str) -> None:
         """Raise unless the certificate belongs to these weights and this architecture.

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, resolve_revision
 
 from .. import __version__
 from ..layers.base import RescaledModule
@@ -27,6 +27,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 # written aside, then renamed when whole; see `replace_files`
 STAGING_PREFIX = ".saving-"
 COMMITTED_NAME = ".saved"
+# integers with the width of a float, for checksums
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -86,12 +88,16 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         for module in self.rescaled_modules():
             module.freeze_if_stale()
 
+    @torch.no_grad()
     def tensor_state(self) -> tuple:
-        """Changes whenever a tensor is replaced, cast, or written to in place (not through `.data`)."""
-        return tuple(
-            (id(tensor), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
-            for tensor in (*self.parameters(), *self.buffers())
+        """Changes whenever a tensor is replaced, cast or written to. The checksum sees what version counters do not:
+        fused optimizers, `tensor.data`, numpy views. It is no protection against a tensor made to collide."""
+        tensors = (*self.parameters(), *self.buffers())
+        kinds = tuple(
+            (tensor.dtype, tensor.shape, 0 if tensor.is_inference() else tensor._version) for tensor in tensors
         )
+        sums = [tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()]).sum() for tensor in tensors]
+        return kinds, tuple(torch.stack([value.to("cpu", torch.int64) for value in sums]).tolist())
 
     def require_loaded_tensors(self) -> None:
         """Raise if tensors are offloaded, since what is not in memory can not be certified."""
@@ -130,6 +136,9 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         finish_interrupted_save(folder)
         refuse_pickle(folder)
         return_info = kwargs.pop("output_loading_info", False)
+        # one commit for the weights and their certificate, even if a push comes between the downloads
+        places = ("revision", "token", "local_files_only", "cache_dir")
+        kwargs["revision"] = resolve_revision(source, **{name: kwargs[name] for name in places if name in kwargs})
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         # mismatches are reported below, with their names
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
@@ -186,7 +195,7 @@ class CertifiedPreTrainedModel(PreTrainedModel):
                 module.freeze()
             return
         certificate.require_match(weights_sha256(self.state_dict()), self.config.architecture(), source)
-        self.attach_certificate(certificate)
+        self.attach_certificate(certificate, source)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -222,7 +231,7 @@ class CertifiedPreTrainedModel(PreTrainedModel):
             self.push_to_hub(hub_arguments.pop("repo_id", target.resolve().name), **hub_arguments)
 
     def write_certificate(self: Any, folder: Path, state_dict: dict | None) -> None:
-        certificate = getattr(self, "certificate", None) or self.certify()
+        certificate = self.prove()
         if state_dict is not None and weights_sha256(state_dict) != certificate.weights_sha256:
             raise ValueError(
                 "`state_dict` differs from the model's own weights, which are what the certificate is for: load it "

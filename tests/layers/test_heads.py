@@ -72,8 +72,9 @@ def test_constant_error_and_rounding_are_paid():
     distances = torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=torch.float64)
     assert certified_radius(logits, distances, 1.0, 0.0)[1].item() == pytest.approx(1.0)
     assert certified_radius(logits, distances, 4.0, 0.0)[1].item() == pytest.approx(0.25)
-    assert certified_radius(logits, distances, 1.0, 0.25)[1].item() == pytest.approx(0.75)
-    assert certified_radius(logits, distances, 1.0, 1.0)[1].item() == 0.0
+    assert certified_radius(logits, distances, 1.0, 0.25)[1].item() == pytest.approx(0.5)
+    assert certified_radius(logits, distances, 1.0, 0.5)[1].item() == 0.0
+    assert certified_radius(logits, distances, 1.0, 0.0, 2.0**-4, head_norm=4.0)[1].item() == pytest.approx(1.25 / 3.0)
     near = torch.tensor([[1.0 + 1e-8, 1.0]], dtype=torch.float64)
     assert certified_radius(near, distances, 1.0, 0.0)[1].item() > 0
     assert certified_radius(near, distances, 1.0, 0.0, output_roundoff=2.0**-24)[1].item() == 0.0

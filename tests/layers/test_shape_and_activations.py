@@ -17,6 +17,7 @@ from hf_lip.layers import (
     ReLU,
     SumPool2d,
 )
+from hf_lip.layers.activations import MONOTONE_ACTIVATIONS
 
 
 def singular_values(module, *shape):
@@ -100,3 +101,12 @@ def test_shapes_that_do_not_fit_are_named():
         ChannelPadding(2)(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="num_channels"):
         ChannelProjection(4)(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("name", MONOTONE_ACTIVATIONS)
+def test_slopes_lie_between_zero_and_one(name):
+    x = torch.cat([torch.linspace(-60, 60, 20001), 20 + torch.linspace(-1e-8, 1e-8, 2001)]).double().sort().values
+    rise, run = MONOTONE_ACTIVATIONS[name](x).diff(), x.diff()
+    rounding = 1e-14
+    assert (rise >= -rounding).all()
+    assert (rise <= run + rounding).all()

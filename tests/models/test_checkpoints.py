@@ -135,6 +135,11 @@ DAMAGE = {
         lambda f: edit_json(f / "lipschitz_certificate.json", lipschitz_constant=-1.0),
         "lipschitz_constant",
     ),
+    "certificate-unit": (lambda f: edit_json(f / "lipschitz_certificate.json", unit="l2, pixels in [0, 255]"), "unit"),
+    "certificate-bool": (
+        lambda f: edit_json(f / "lipschitz_certificate.json", feature_constant=True),
+        "feature_constant",
+    ),
     "config": (lambda f: edit_json(f / "config.json", image_std=[0.5, 0.5]), "image_std"),
 }
 
@@ -147,6 +152,18 @@ def test_damaged_checkpoints_are_errors(name, saved):
         AutoModelForImageClassification.from_pretrained(saved)
     if name in ("nan", "changed", "truncated", "certificate-json"):
         assert str(saved) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lipschitz_constant", "feature_constant", "evaluation_error"])
+def test_a_constant_lowered_in_the_file_is_refuted_before_a_radius_is_issued(name, saved):
+    path = saved / "lipschitz_certificate.json"
+    edit_json(path, **{name: json.loads(path.read_text())[name] * 0.5})
+    model = AutoModelForImageClassification.from_pretrained(saved)
+    with pytest.raises(ValueError, match=f"{name}.*false"):
+        model(pixels())
+    with pytest.raises(ValueError, match=f"{name}.*false"):
+        model.save_pretrained(saved.parent / "copy")
+    assert model(pixels(), output_certified_radius=False).logits.isfinite().all()
 
 
 def test_pickles_are_refused(saved):

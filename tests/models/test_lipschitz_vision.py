@@ -153,9 +153,62 @@ def test_deepcopy_and_compile(name):
     assert torch.equal(twin.logits, out.logits)
     assert torch.equal(twin.certified_radius, out.certified_radius)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")(pixels())
-    torch.testing.assert_close(compiled.logits, out.logits)
-    torch.testing.assert_close(compiled.certified_radius, out.certified_radius)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(pixels()).logits, out.logits)
+    torch.testing.assert_close(compiled(pixels()).certified_radius, out.certified_radius)
+    plain = torch.compile(model, fullgraph=True, backend="eager")(pixels(), output_certified_radius=False)
+    torch.testing.assert_close(plain.logits, out.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_model_does_not_go_on_with_old_constants():
+    model = make_model("cpl").eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(pixels()).lipschitz_constant.item()
+    with torch.no_grad():
+        model.classifier.weight.mul_(100.0)
+    assert compiled(pixels()).lipschitz_constant.item() > 50 * before
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        compiled(pixels() * 255)
+
+
+def test_parts_in_training_mode_are_not_certified():
+    model = make_model("cpl").eval()
+    model.lipschitz_vision.stages.train()
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0\.layer is in training mode"):
+        model(pixels())
+    assert model(pixels(), output_certified_radius=False).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["data", "replaced", "numpy", "vector", "fused"])
+def test_no_way_of_writing_weights_keeps_the_certificate(how):
+    model = make_model("sll").eval()
+    before = model(pixels()).lipschitz_constant.item()
+    weight = model.classifier.weight
+    if how == "data":
+        weight.data.mul_(3.0)
+    elif how == "replaced":
+        for _ in range(3):
+            model.classifier.weight = torch.nn.Parameter(model.classifier.weight.detach() * 3.0)
+    elif how == "numpy":
+        weight.detach().numpy()[:] *= 3.0
+    elif how == "vector":
+        vector = torch.nn.utils.parameters_to_vector(model.parameters())
+        torch.nn.utils.vector_to_parameters(vector * 3.0, model.parameters())
+    else:
+        model(pixels(), labels=torch.tensor([0, 1, 2]), output_certified_radius=False).loss.backward()
+        torch.optim.AdamW(model.parameters(), lr=0.5, fused=True).step()
+    assert model.certificate is None
+    assert model(pixels()).lipschitz_constant.item() != before
+
+
+def test_config_changed_after_building_is_refused(tmp_path):
+    model = make_model("cpl").eval()
+    model.config.image_std = [0.01, 0.01]
+    with pytest.raises(ValueError, match="config was changed"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config was changed"):
+        model(pixels())
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ...layers.activations import ACTIVATIONS
-from ...layers.base import LipschitzModule, product_up
+from ...layers.base import LipschitzModule, RescaledModule, product_up
 from ...layers.heads import HEADS, ClassifierHead, certified_radius
 from ...layers.linear import AOLConv2d, AOLLinear, SRConv2d, SRLinear
 from ...layers.residual import CPLConv2d, CPLLinear, ResidualLayer, SLLConv2d, SLLLinear
@@ -301,7 +301,10 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
         self.num_labels = config.num_labels
         self.lipschitz_vision = LipschitzVisionModel(config)
         self.classifier: ClassifierHead = HEADS[config.head_type](config.feature_size, config.num_labels)
+        # what the modules were built from: the config can be written to later
+        self._architecture = config.architecture()
         self._certified: LipschitzCertificate | None = None
+        self._stated_in: str | None = None
         self._certified_state: tuple = ()
         self._pair_distances: Tensor | None = None
         self.post_init()
@@ -314,15 +317,18 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
     @property
     def certificate(self) -> LipschitzCertificate | None:
         """The certificate, if there is one and no tensor was replaced, cast or written to since."""
-        return self._certified if self._certified_state == self.tensor_state() else None
+        if self._certified is None or self._certified_state != self.tensor_state():
+            return None
+        return self._certified
 
-    def attach_certificate(self, certificate: LipschitzCertificate) -> None:
+    def attach_certificate(self, certificate: LipschitzCertificate, source: str | None = None) -> None:
+        """Keep a certificate for the weights as they are now. One read from `source` is only stated: it is proved
+        afresh, and refused if false, before the first radius is issued."""
         self._certified = certificate
+        self._stated_in = source
         self._certified_state = self.tensor_state()
-        # constants of pairs are cheap and their table can be large, so they are not read from the file
         self._pair_distances = self.classifier.pair_distances()
 
-    @torch.no_grad()
     def certify(self, progress: bool = False) -> LipschitzCertificate:
         """Prove the constants of the evaluation-mode function in float64 and keep the result as `certificate`.
 
@@ -330,9 +336,18 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
             progress: show a progress bar over the layers.
 
         Raises:
-            ValueError: if a weight is not finite.
+            ValueError: if a weight is not finite, or the config was changed after the model was built from it.
         """
+        certificate = self.compute_certificate(progress)
+        self.attach_certificate(certificate)
+        return certificate
+
+    @torch.no_grad()
+    def compute_certificate(self, progress: bool = False) -> LipschitzCertificate:
+        """As `certify`, without keeping the result."""
         self.require_loaded_tensors()
+        if self.config.architecture() != self._architecture:
+            raise ValueError("The config was changed after the model was built from it: build a new model from it.")
         self.freeze()
         config = self.config
         pixels = config.image_size**2
@@ -349,7 +364,7 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
         head = self.classifier
         head_norm = head.lipschitz_bound()
         layers.append({"name": "classifier", "kind": type(head).__name__, "bound": head_norm, "method": head.proof})
-        certificate = LipschitzCertificate(
+        return LipschitzCertificate(
             model_type=config.model_type,
             lipschitz_constant=product_up(constant, head_norm),
             feature_constant=constant,
@@ -367,17 +382,35 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
             layers=layers,
             versions=package_versions(),
         )
-        self.attach_certificate(certificate)
-        return certificate
 
-    def current_certificate(self) -> LipschitzCertificate:
-        if torch.compiler.is_compiling():
-            if self._certified is None:
-                raise RuntimeError(
-                    "Call `model.certify()` once before compiling, or pass `output_certified_radius=False`."
+    @torch.compiler.disable
+    def proved_certificate(self, pixel_values: Tensor) -> LipschitzCertificate:
+        """The certificate of the weights as they are now, for images that may have a radius. Never part of a compiled
+        graph, which would go on with the constants of the weights it was traced with."""
+        self.check_pixel_range(pixel_values)
+        for name, module in self.named_modules():
+            if isinstance(module, RescaledModule) and module.training:
+                raise ValueError(
+                    f"{name} is in training mode, where it is not certified: call `model.eval()`, or pass "
+                    "`output_certified_radius=False`."
                 )
-            return self._certified
-        return self.certificate or self.certify()
+        return self.prove()
+
+    def prove(self) -> LipschitzCertificate:
+        """The certificate of the weights as they are now, proved in this process.
+
+        Raises:
+            ValueError: if the certificate read from the checkpoint states less than what is proved.
+        """
+        certificate, source = self.certificate, self._stated_in
+        if certificate is None:
+            return self.certify()
+        if source is not None:
+            proved = self.compute_certificate()
+            certificate.require_covers(proved, source)
+            self.attach_certificate(proved)
+            return proved
+        return certificate
 
     def check_pixel_range(self, pixel_values: Tensor) -> None:
         """Raise on NaN, infinite or out-of-range pixels: their radius would be in another unit."""
@@ -410,9 +443,7 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
             raise ValueError("`output_certified_radius` needs evaluation mode: call `model.eval()` first.")
         self.check_pixel_values(pixel_values)
         if certified:
-            if not torch.compiler.is_compiling():
-                self.check_pixel_range(pixel_values)
-            certificate = self.current_certificate()
+            certificate = self.proved_certificate(pixel_values)
             with torch.autocast(pixel_values.device.type, enabled=False):
                 outputs = self.lipschitz_vision(pixel_values.double(), **kwargs)
                 logits = self.classifier(outputs.pooler_output)
@@ -423,6 +454,7 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
                 certificate.feature_constant,
                 certificate.evaluation_error,
                 output_roundoff=torch.finfo(out_dtype).eps / 2,
+                head_norm=certificate.head["norm"],
             )
             constant = radius.new_tensor(certificate.lipschitz_constant)
             logits = logits.to(out_dtype)
