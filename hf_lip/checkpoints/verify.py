@@ -93,7 +93,11 @@ class VerificationReport:
         )
         lines.append(f"weights sha256: {self.weights_sha256 or '-'}")
         if self.ok:
-            return [*lines, f"VERIFIED: the certificate holds for the bytes in {self.folder}"]
+            return [
+                *lines,
+                f"VERIFIED: the constants hold for the bytes in {self.folder} (the evaluation error is checked for "
+                "plausibility here and proved by the model before its first radius)",
+            ]
         return [*lines, f"NOT VERIFIED: {self.folder}", *(f"  - {reason}" for reason in self.reasons)]
 
     def format(self) -> str:

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
-from transformers.utils.hub import cached_file, resolve_revision
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .. import __version__
 from ..layers.base import RescaledModule
@@ -76,6 +76,17 @@ def replace_files(staging: Path, target: Path) -> None:
             path.unlink()
 
 
+def optional_file(source: str, name: str, hub_arguments: dict[str, Any]) -> str | None:
+    """Local path of a file of a folder or Hub repository, None where there is none or the Hub cannot be reached."""
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_arguments,
+    )
+
+
 class CertifiedPreTrainedModel(PreTrainedModel):
     """`PreTrainedModel` whose checkpoints are complete, finite, safetensors only, and written atomically."""
 
@@ -136,10 +147,13 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         finish_interrupted_save(folder)
         refuse_pickle(folder)
         return_info = kwargs.pop("output_loading_info", False)
-        # one commit for the weights and their certificate, even if a push comes between the downloads
-        places = ("revision", "token", "local_files_only", "cache_dir")
-        kwargs["revision"] = resolve_revision(source, **{name: kwargs[name] for name in places if name in kwargs})
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        if not Path(source).is_dir():
+            # one commit for the weights and their certificate, even if a push comes between the downloads
+            config_file = optional_file(source, CONFIG_NAME, hub_arguments)
+            commit = extract_commit_hash(config_file, None)
+            if commit is not None:
+                kwargs["revision"] = hub_arguments["revision"] = commit
         # mismatches are reported below, with their names
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
         try:
@@ -175,13 +189,7 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         anew."""
         if not hasattr(self, "attach_certificate") or any(tensor.is_meta for tensor in self.state_dict().values()):
             return
-        path = cached_file(
-            source,
-            CERTIFICATE_NAME,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub_arguments,
-        )
+        path = optional_file(source, CERTIFICATE_NAME, hub_arguments)
         if path is None:
             return
         certificate = LipschitzCertificate.load(path)

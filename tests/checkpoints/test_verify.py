@@ -283,7 +283,7 @@ def test_report_prints_nodes_constants_and_reasons(tmp_path):
     assert [node.name for node in report.nodes] == [name for _, _, name in calls[:-1]]
     assert calls[-1] == (len(report.nodes), len(report.nodes), "")
     text = report.format()
-    assert "VERIFIED: the certificate holds" in text
+    assert "VERIFIED: the constants hold" in text
     assert all(node.name in text for node in report.nodes)
     assert report.weights_sha256 == checkpoint.certificate["weights_sha256"]
     lower(checkpoint.layer(STAGE), "bound")
