@@ -47,35 +47,53 @@ def l2_pgd(
     if not torch.isfinite(radii).all() or (radii < 0).any():
         raise ValueError("`radii` must be finite and not negative.")
     generator = torch.Generator().manual_seed(seed)
-    bound = radii.to(images.dtype).view(-1, 1, 1, 1)
-    own = torch.nn.functional.one_hot(labels, logits_of(images[:1]).shape[1]).bool()
+    num_labels = logits_of(images[:1]).shape[1]
     found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-
-    def project(delta: Tensor) -> Tensor:
-        if clip:
-            delta = (images + delta).clamp(0, 1) - images
-        norm = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        return delta * torch.where(norm > bound, bound / norm.clamp_min(1e-30), torch.ones_like(norm))
-
     for restart in range(num_restarts):
-        delta = torch.zeros_like(images)
+        rest = torch.nonzero(~found).flatten()
+        start = torch.zeros_like(images)
         if restart:
-            noise = torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images)
-            delta = project(noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * bound)
-        velocity = torch.zeros_like(images)
-        for step in range(num_steps):
-            delta = delta.detach().requires_grad_()
-            logits = logits_of(images + delta)
-            rank = min(restart % 2, logits.shape[1] - 2)
-            target = logits.masked_fill(own, -torch.inf).topk(rank + 1, dim=1).values[:, rank]
-            margin = target - logits[own]
-            (gradient,) = torch.autograd.grad(margin.sum(), delta)
-            gradient = gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-            velocity = 0.9 * velocity + 0.1 * gradient
-            direction = velocity / velocity.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-            size = 5.0 / num_steps * (1.0 - step / num_steps) * bound
-            delta = project(delta.detach() + size * direction)
-            if step % 10 == 9 or step == num_steps - 1:
-                with torch.no_grad():
-                    found |= logits_of(images + delta).argmax(dim=1) != labels
+            start = torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images)
+        if len(rest) == 0:
+            break
+        own = torch.nn.functional.one_hot(labels[rest], num_labels).bool()
+        rank = min(restart % 2, num_labels - 2)
+        bound = radii[rest].to(images.dtype).view(-1, 1, 1, 1)
+        found[rest] = _one_start(logits_of, images[rest], own, bound, start[rest], rank, num_steps, clip)
     return found
+
+
+def _one_start(
+    logits_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    own: Tensor,
+    bound: Tensor,
+    delta: Tensor,
+    rank: int,
+    num_steps: int,
+    clip: bool,
+) -> Tensor:
+    """(B,) bool: this start reached another label. `own` (B, num_labels) marks the labels, `rank` whom to follow."""
+
+    def norms(tensor: Tensor) -> Tensor:
+        return tensor.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+
+    def project(tensor: Tensor) -> Tensor:
+        if clip:
+            tensor = (images + tensor).clamp(0, 1) - images
+        return tensor * (bound / norms(tensor)).clamp_max(1.0)
+
+    delta = project(delta / norms(delta) * bound)
+    velocity = torch.zeros_like(images)
+    found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for step in range(num_steps):
+        delta = delta.detach().requires_grad_()
+        logits = logits_of(images + delta)
+        found |= logits.detach().argmax(dim=1) != own.to(torch.uint8).argmax(dim=1)
+        margin = logits.masked_fill(own, -torch.inf).topk(rank + 1, dim=1).values[:, rank] - logits[own]
+        (gradient,) = torch.autograd.grad(margin.sum(), delta)
+        velocity = 0.9 * velocity + 0.1 * gradient / norms(gradient)
+        size = 5.0 / num_steps * (1.0 - step / num_steps) * bound
+        delta = project(delta.detach() + size * velocity / norms(velocity))
+    with torch.no_grad():
+        return found | (logits_of(images + delta).argmax(dim=1) != own.to(torch.uint8).argmax(dim=1))

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -31,6 +31,9 @@ class AuditArguments:
     num_steps: int = field(default=200, metadata={"help": "PGD steps."})
     num_restarts: int = field(default=3, metadata={"help": "Restarts; the first starts at the image."})
     factors: list[float] = field(default_factory=lambda: [0.999, 3.0], metadata={"help": "Multiples of each radius."})
+    clipping: Literal["both", "no", "yes"] = field(
+        default="both", metadata={"help": "Also, or only, keep the attacked pixels in [0, 1]."}
+    )
     batch_size: int = field(default=500, metadata={"help": "Images attacked at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the random starts."})
 
@@ -69,7 +72,7 @@ def main() -> int:
     start = time.perf_counter()
     inside_changed = 0
     for factor in args.factors:
-        for clip in (False, True):
+        for clip in {"both": (False, True), "no": (False,), "yes": (True,)}[args.clipping]:
             changed = 0
             batches = list(range(0, len(chosen), args.batch_size))
             for begin in tqdm(batches, desc=f"{factor} x radius{', clipped' if clip else ''}", file=sys.stderr):
