@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attack every certificate of a model: l2 PGD just inside each image's certified radius, and well outside of it.
 
-    python scripts/benchmarks/attack_audit.py runs/fashion --data path/to/fashion_mnist --num_images 1000
+    python scripts/benchmarks/attack_audit.py --model runs/fashion --data path/to/fashion_mnist --num_images 1000
 
 Inside, no label may change: the script exits with 1 if one does. At three times the radius many do, which shows that
 the attack works. Attacks run in float32, without clipping to [0, 1] (stronger) and with it.
