@@ -3,6 +3,7 @@
 
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import logging
 
 from .assets import DEFAULT_MODEL_DIR
 from .models.lipschitz_vision.configuration_lipschitz_vision import LipschitzVisionConfig
@@ -15,6 +16,9 @@ from .models.lipschitz_vision.modeling_lipschitz_vision import (
 from .pipelines.certify import CertifyPipeline
 
 
+logger = logging.get_logger(__name__)
+
+
 def register() -> None:
     """Register every class of the package with the Auto classes, and the task "certify" with the pipelines."""
     AutoConfig.register("lipschitz_vision", LipschitzVisionConfig, exist_ok=True)
@@ -23,9 +27,13 @@ def register() -> None:
         LipschitzVisionConfig, LipschitzVisionForImageClassification, exist_ok=True
     )
     AutoBackbone.register(LipschitzVisionConfig, LipschitzVisionBackbone, exist_ok=True)
-    AutoImageProcessor.register(
-        LipschitzVisionConfig, image_processor_classes={"pil": LipschitzVisionImageProcessorPil}, exist_ok=True
-    )
+    try:
+        AutoImageProcessor.register(
+            LipschitzVisionConfig, image_processor_classes={"pil": LipschitzVisionImageProcessorPil}, exist_ok=True
+        )
+    except ImportError as error:
+        # transformers 5.17 has no AutoImageProcessor at all without torchvision; our own class works without it
+        logger.info(f"LipschitzVisionImageProcessor is not in AutoImageProcessor: {error}")
     PIPELINE_REGISTRY.register_pipeline(
         "certify",
         pipeline_class=CertifyPipeline,

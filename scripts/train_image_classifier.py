@@ -390,8 +390,10 @@ def main(argv: list[str] | None = None) -> None:
             repo = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
             message = "Upload a certified image classifier"
             api.upload_folder(repo_id=repo, folder_path=output_dir, ignore_patterns=PRIVATE, commit_message=message)
-    # gloo's threads drop the last gathered tensors meanwhile: freeing the group before can deadlock on the GIL
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # gloo's thread needs the GIL to drop the last tensors; freeing the group would wait for it with the GIL held
+        time.sleep(2.0)
     accelerator.end_training()
 
 

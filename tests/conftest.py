@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from transformers import AutoImageProcessor
 
 
 torch.set_num_threads(1)
@@ -17,3 +18,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def auto_image_processor():
+    """AutoImageProcessor, which older supported versions of transformers have only together with torchvision."""
+    if hasattr(AutoImageProcessor, "_backends"):
+        pytest.skip("AutoImageProcessor of this transformers needs torchvision")
+    return AutoImageProcessor

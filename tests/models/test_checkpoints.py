@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_lip import (
     LipschitzCertificate,
@@ -251,7 +251,7 @@ def test_kill_between_the_moves_is_completed_on_load(saved, tmp_path):
     assert not (saved / COMMITTED_NAME).exists()
 
 
-def test_image_processor_round_trip(tmp_path):
+def test_image_processor_round_trip(auto_image_processor, tmp_path):
     import numpy as np
     from PIL import Image
 
@@ -261,7 +261,7 @@ def test_image_processor_round_trip(tmp_path):
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == (
         "LipschitzVisionImageProcessor"
     )
-    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    loaded = auto_image_processor.from_pretrained(tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), LipschitzVisionConfig)
     grey = (np.arange(64).reshape(8, 8) * 4).astype(np.uint8)
     values = loaded(Image.fromarray(grey), return_tensors="pt").pixel_values

@@ -146,6 +146,7 @@ def test_auto_chooses_by_the_model(lipschitz_model, resnet, images):
     assert pipeline("certify", model=resnet, device="cpu")(images[0], n0=10, n=10)["method"] == "mono"
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_from_a_folder_with_its_image_processor(lipschitz_model, images, tmp_path):
     lipschitz_model.save_pretrained(tmp_path)
     hf_lip.LipschitzVisionImageProcessor(size={"height": 8, "width": 8}, num_channels=3).save_pretrained(tmp_path)

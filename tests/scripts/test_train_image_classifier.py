@@ -19,8 +19,9 @@ from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
+from hf_lip import LipschitzVisionImageProcessor
 from hf_lip.data import dataset_to_tensors, load_image_dataset
 from hf_lip.metrics import STANDARD_RADII, certified_accuracy
 from hf_lip.training.run_folder import list_checkpoints, unfinished_folder
@@ -129,7 +130,7 @@ class TestWhatARunWrites:
         assert history[-1]["certified_accuracy"] == results["certified_accuracy"]
         assert results["train_samples_seen"] == results["steps"] * 64
         # the image processor makes the same pixels from a PIL image as training saw
-        processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
+        processor = LipschitzVisionImageProcessor.from_pretrained(tmp_path / "run")
         image = Image.fromarray((images[0, 0].numpy() * 255).astype(np.uint8))
         assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 1, 8, 8)
         assert model.config.id2label[3] == "3"
