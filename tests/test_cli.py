@@ -193,7 +193,7 @@ def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):
     def bug(*arguments):
         raise AttributeError("bug")
 
-    monkeypatch.setattr("hf_lip.cli._load_pipeline", bug)
+    monkeypatch.setattr("hf_lip.cli.certify_command._load_pipeline", bug)
     assert isinstance(run("certify", model_folder, "--out", tmp_path).exception, AttributeError)
 
 

@@ -1,44 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line `hf-lip`. torch and transformers are imported inside the commands, so that `--help` is quick."""
+"""`hf-lip certify`."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from hf_lip.cli.console import errors_as_one_line, progress_bar
 from hf_lip.metrics import STANDARD_RADII, abstention_rate, average_certified_radius, certified_accuracy
 
 
-app = typer.Typer(
-    name="hf-lip",
-    help="Networks whose behaviour can be proved: certify images, verify checkpoints.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 _TSV_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 _IMAGES_PER_BATCH = 64
 
@@ -55,29 +37,6 @@ class _Row:
     seconds: float
 
 
-def _version(show: bool) -> None:
-    if not show:
-        return
-    packages = []
-    for package in ("hf_lip", "torch", "transformers"):
-        try:
-            packages.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            packages.append(f"{package} (not installed as a package)")
-    typer.echo(", ".join(packages))
-    raise typer.Exit
-
-
-@app.callback()
-def _main(
-    show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def certify(
     model: Annotated[
         str | None, typer.Argument(help="Folder or Hub id of an image classifier; default: the embedded one.")
@@ -110,7 +69,7 @@ def certify(
     ] = None,
 ) -> None:
     """Certify the images of a data set: table, TSV of all images, JSON summary and plot of certified accuracy."""
-    with _errors_as_one_line():
+    with errors_as_one_line():
         thresholds = _parse_radii(radii)
         if limit is not None and limit < 1:
             raise ValueError(f"`--limit` must be at least 1, got {limit}.")
@@ -132,65 +91,6 @@ def certify(
         }
         _write(out, rows, summary)
         _print(summary, out)
-
-
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder with a lipschitz_certificate.json.")],
-) -> None:
-    """Recompute a checkpoint's Lipschitz constant from its files alone; exit code 1 if it does not hold."""
-    console = Console()
-    if not console.is_terminal:
-        # a pipe or a file has no width: rows stay on one line
-        console = Console(width=160)
-    with _errors_as_one_line():
-        from hf_lip.checkpoints.verify import verify_checkpoint
-
-        with _progress_bar() as bar:
-            task = bar.add_task("Verifying", total=None)
-            report = verify_checkpoint(
-                folder, progress=lambda done, total, node: bar.update(task, completed=done, total=total)
-            )
-        header, *nodes = report.table()
-        table = Table(title=escape(str(folder)), title_justify="left", box=SIMPLE)
-        for column in header:
-            table.add_column(column, no_wrap=column != header[-1])
-        for name, *cells in nodes:
-            table.add_row(*(escape(cell) for cell in (name.removeprefix("lipschitz_vision."), *cells)))
-        console.print(table)
-        for line in report.summary():
-            console.print(escape(line), style=None if report.ok else "red", soft_wrap=True, highlight=False)
-    if not report.ok:
-        raise typer.Exit(1)
-
-
-@contextmanager
-def _errors_as_one_line() -> Iterator[None]:
-    """What the user can mend, as one red line and exit code 2; anything else is a bug and keeps its traceback."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        # typer's own Exit and Abort are RuntimeErrors
-        if isinstance(error, (typer.Exit, typer.Abort)):
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        Console(stderr=True).print(f"Error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-
-
-def _progress_bar() -> Progress:
-    columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    columns += (TextColumn("left"), TimeRemainingColumn())
-    # without a terminal a bar could only leave blank lines in a log
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _parse_radii(text: str) -> dict[str, float]:
@@ -278,7 +178,7 @@ def _certify_all(pipe: Any, dataset: Any, labels: list[int], batch_size: int | N
     units = settings.n0 + settings.n if method == "mono" else 1
     predictions: list[tuple[int, float]] = []
     arrivals = [time.perf_counter()]
-    with _progress_bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("Noisy copies" if method == "mono" else "Images", total=len(labels) * units)
         for result in pipe(dataset, batch_size=batch_size, progress=lambda count: bar.advance(task, count)):
             predictions.append((-1 if result["abstained"] else result["label_id"], result["radius"]))
@@ -370,7 +270,3 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         )  # fmt: skip
     for file in ("certificates.tsv", "summary.json", "certified_accuracy.png"):
         console.print(f"Wrote {out / file}", markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    app()
