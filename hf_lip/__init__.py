@@ -22,6 +22,9 @@ _PUBLIC = {
     "LipschitzVisionModel": "models.lipschitz_vision.modeling_lipschitz_vision",
     "certified_accuracy": "metrics",
     "average_certified_radius": "metrics",
+    "SpectralNorm": "ops.interval",
+    "spectral_norm": "spectral.norms",
+    "spectral_norms": "spectral.norms",
     "verify_checkpoint": "checkpoints.verify",
 }
 

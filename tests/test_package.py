@@ -18,6 +18,7 @@ LEVELS = [
     ("ops",),
     ("layers",),
     ("models",),
+    ("spectral",),
     ("smoothing", "checkpoints", "metrics", "data", "training", "plots", "audit"),
     ("pipelines",),
     ("assets", "registration", "cli", ""),

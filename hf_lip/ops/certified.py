@@ -19,50 +19,16 @@ import math
 import torch
 from torch import Tensor
 
-from .conv import Size, check_kernel, conv_geometry, polyphase_kernel
+from .geometry import Size, check_kernel, conv_geometry, polyphase_kernel
+from .rounding import PHASE_ERROR, UNIT_ROUNDOFF, exact_double, gamma, scaled, unscaled, up
 
 
-_UNIT_ROUNDOFF = 2.0**-53
-# absolute error of one phase exp(i angle), |angle| <= pi: the angle is off by 3 u pi, sine and cosine by 4 u each
-_PHASE_ERROR = 32 * _UNIT_ROUNDOFF
 # complex entries held at once, 32 MB
 _CHUNK_ENTRIES = 2**21
 # where the search for an eigenvalue starts: positive, and negligible for weights scaled to about 1
 _CANDIDATE_FLOOR = 2.0**-300
 # squares of this size neither overflow nor lose digits to underflow
 _SAFE_SQUARES = (2.0**-900, 2.0**900)
-
-
-def _gamma(count: int) -> float:
-    return count * _UNIT_ROUNDOFF / (1 - count * _UNIT_ROUNDOFF)
-
-
-def _up(value: float) -> float:
-    """A float above `value` and above the exact result of the few operations that gave it."""
-    return math.nextafter(value * (1 + 8 * _UNIT_ROUNDOFF), math.inf)
-
-
-def _exact_double(weight: Tensor) -> Tensor:
-    """The same real numbers in float64 on the cpu."""
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be a real floating point tensor, but its dtype is {weight.dtype}.")
-    return weight.detach().to(device="cpu", dtype=torch.float64)
-
-
-def _scaled(weight: Tensor) -> tuple[Tensor, int]:
-    """Divide by a power of two, exactly, so that the largest entry is near 1; returns the exponent."""
-    top = weight.abs().amax().item()
-    if not math.isfinite(top):
-        raise ValueError("weight has entries that are not finite, no bound exists.")
-    # clamped so that the factor itself is a normal number; the largest entry is then between 2^-74 and 2^24
-    exponent = min(max(math.frexp(top)[1], -1000), 1000)
-    return weight * math.ldexp(1.0, -exponent), exponent
-
-
-def _unscaled(value: float, exponent: int) -> float:
-    """value * 2^exponent, rounded up; infinite where float64 overflows, which is still a bound."""
-    half = exponent // 2
-    return math.nextafter(value * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half), math.inf)
 
 
 class _EigenvalueBound:
@@ -90,8 +56,8 @@ class _EigenvalueBound:
 
     def proved(self, size: int, complex_entries: bool) -> float:
         """Upper bound of the largest eigenvalue of all the matrices, of side `size`."""
-        error = _gamma((4 if complex_entries else 2) * (size + 2))
-        return self.candidate * (1 + 2 * error * size + 8 * _UNIT_ROUNDOFF)
+        error = gamma((4 if complex_entries else 2) * (size + 2))
+        return self.candidate * (1 + 2 * error * size + 8 * UNIT_ROUNDOFF)
 
 
 def certified_spectral_norm(weight: Tensor) -> float:
@@ -112,7 +78,7 @@ def certified_spectral_norm(weight: Tensor) -> float:
             f"weight must be a non-empty matrix (m, n), but its shape is {tuple(weight.shape)}. "
             "Use certified_conv_norm for kernels."
         )
-    matrix, exponent = _scaled(_exact_double(weight))
+    matrix, exponent = scaled(exact_double(weight))
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     gram = matrix @ matrix.T
@@ -122,8 +88,8 @@ def certified_spectral_norm(weight: Tensor) -> float:
     bound = _EigenvalueBound()
     bound.include(gram[None])
     rows, columns = matrix.shape
-    eigenvalue = bound.proved(rows, complex_entries=False) + 2 * _gamma(columns + 2) * squares
-    return _unscaled(_up(math.sqrt(_up(eigenvalue))), exponent)
+    eigenvalue = bound.proved(rows, complex_entries=False) + 2 * gamma(columns + 2) * squares
+    return unscaled(up(math.sqrt(up(eigenvalue))), exponent)
 
 
 def _integers(count: int) -> Tensor:
@@ -140,7 +106,7 @@ def _frequencies(height: int, width: int) -> Tensor:
 
 
 def _phases(frequencies: Tensor, grid: tuple[int, int], taps: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (F, taps) of the angles of a direct Fourier transform, each off by less than _PHASE_ERROR."""
+    """Cosines and sines (F, taps) of the angles of a direct Fourier transform, each off by less than PHASE_ERROR."""
     height, width = grid
     x, y = torch.meshgrid(_integers(taps[0]), _integers(taps[1]), indexing="ij")
     total = height * width
@@ -183,19 +149,19 @@ def certified_conv_norm(
     """
     check_kernel(weight)
     geometry = conv_geometry(weight.shape[2:], input_size, padding_mode=padding_mode, padding=padding, stride=stride)
-    kernel, exponent = _scaled(_exact_double(weight))
+    kernel, exponent = scaled(exact_double(weight))
     # the scaled largest entry is 0 for a zero kernel only
     if not kernel.any():
         return 0.0
     kernel = polyphase_kernel(kernel, geometry.torus_stride)
     if kernel.shape[0] > kernel.shape[1]:
         kernel = kernel.transpose(0, 1)
-    copies = _up(math.sqrt(geometry.copies))
+    copies = up(math.sqrt(geometry.copies))
     rows, columns, taps_h, taps_w = kernel.shape
     if taps_h == taps_w == 1:
         # one block, and a real one
         norm = certified_spectral_norm(kernel[:, :, 0, 0])
-        return _unscaled(_up(norm * copies), exponent)
+        return unscaled(up(norm * copies), exponent)
 
     step_h, step_w = geometry.torus_stride
     grid = (geometry.torus[0] // step_h, geometry.torus[1] // step_w)
@@ -209,32 +175,32 @@ def certified_conv_norm(
         grams = blocks @ blocks.mH
         squares = max(squares, grams.diagonal(dim1=-2, dim2=-1).real.sum(dim=-1).max().item())
         bound.include(grams)
-    eigenvalue = bound.proved(rows, complex_entries=True) + 2 * _gamma(4 * (columns + 2)) * squares
+    eigenvalue = bound.proved(rows, complex_entries=True) + 2 * gamma(4 * (columns + 2)) * squares
     # entrywise error of the transform, at most this multiple of the summed absolute taps, hence also in frobenius norm
-    entry_error = 3 * (_PHASE_ERROR + _gamma(taps_h * taps_w + 2))
+    entry_error = 3 * (PHASE_ERROR + gamma(taps_h * taps_w + 2))
     block_error = entry_error * torch.linalg.vector_norm(taps.abs().sum(dim=0)).item()
-    return _unscaled(_up(_up(math.sqrt(_up(eigenvalue)) + 1.001 * block_error) * copies), exponent)
+    return unscaled(up(up(math.sqrt(up(eigenvalue)) + 1.001 * block_error) * copies), exponent)
 
 
 def _certified_norms(vectors: Tensor) -> Tensor:
     """Upper bounds (k,) of the norms of float64 vectors (k, d), each entry of which may be off by one rounding."""
     squares = vectors.square().sum(dim=-1)
     length = vectors.shape[-1]
-    growth = 1 + 2 * _gamma(length + 8)
+    growth = 1 + 2 * gamma(length + 8)
     bounds = torch.sqrt(squares) * growth
     low, high = _SAFE_SQUARES
     unsafe = ((squares < low) | (squares > high)).nonzero()[:, 0]
     unsafe = unsafe[(vectors[unsafe] != 0).any(dim=-1)]
     for row in unsafe.tolist():
-        vector, exponent = _scaled(vectors[row])
-        bounds[row] = _unscaled(_up(math.sqrt(vector.square().sum().item()) * growth), exponent)
+        vector, exponent = scaled(vectors[row])
+        bounds[row] = unscaled(up(math.sqrt(vector.square().sum().item()) * growth), exponent)
     return bounds
 
 
 def _matrix(weight: Tensor) -> Tensor:
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be a non-empty matrix (k, d), but its shape is {tuple(weight.shape)}.")
-    matrix = _exact_double(weight)
+    matrix = exact_double(weight)
     if not torch.isfinite(matrix).all():
         raise ValueError("weight has entries that are not finite, no bound exists.")
     return matrix

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv import Size, as_pair, conv_geometry
+from .geometry import Size, as_tuple, conv_geometry
 from .power import wrap_pad
 
 
@@ -69,7 +69,7 @@ def conv_matrix(
         images,
         weight.detach().double(),
         stride=geometry.stride,
-        dilation=as_pair(dilation, "dilation", 1),
+        dilation=as_tuple(dilation, 2, "dilation", 1),
         groups=groups,
     )
     return outputs.flatten(1).T

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv import ConvGeometry, Size, check_kernel, conv_geometry
+from .geometry import ConvGeometry, Size, check_kernel, conv_geometry
 
 
 def wrap_pad(x: Tensor, geometry: ConvGeometry) -> Tensor:

@@ -17,7 +17,8 @@ from hf_lip.ops import (
     exact_conv_norm,
     exact_spectral_norm,
 )
-from hf_lip.ops.conv import conv_geometry
+from hf_lip.ops.conv_interval import conv_norm
+from hf_lip.ops.geometry import conv_geometry
 
 
 DOUBLE = torch.float64
@@ -239,10 +240,32 @@ def test_norms_are_differentiable(norm):
     assert torch.autograd.gradcheck(norm, (weight,))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "size", "options"),
+    [
+        ((5,), 9, {"dilation": 2}),
+        ((3, 2), (6, 5), {"stride": (2, 1), "padding": ((1, 0), (2, 1))}),
+        ((3, 3), 7, {"padding_mode": "circular", "dilation": 2}),
+        ((2, 3, 2), 4, {"stride": 2, "padding": 1}),
+        ((3, 3), 6, {"dilation": 3, "stride": 2}),
+    ],
+)
+def test_norm_holds_in_any_dimension_with_groups_and_dilation(kernel, size, options, groups):
+    weight = torch.randn(2 * groups, 3, *kernel, dtype=DOUBLE, requires_grad=True)
+    bound = conv_spectral_norm(weight, size, groups=groups, num_iterations=8, **options)
+    exact = conv_norm(weight, size, groups=groups, rtol=1e-6, **options)
+    assert exact.lower <= bound.item() * (1 + 1e-12)
+    assert bound.item() <= 2.5 * exact.upper
+    bound.backward()
+    assert torch.isfinite(weight.grad).all()
+    assert weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("mode", ["reflect", "replicate"])
-def test_paddings_that_break_the_bound_are_refused_and_do_break_it(mode):
+def test_paddings_that_read_pixels_twice_are_counted_or_refused(mode):
     with pytest.raises(ValueError, match=rf"{mode}.*norm above 1"):
-        conv_spectral_norm(torch.ones(1, 1, 3, 3), 4, padding_mode=mode)
+        conv_geometry((3, 3), 4, padding_mode=mode)
     # a shift by one pixel has norm 1, under these paddings the border is read twice
     layer = nn.Conv2d(1, 1, 3, padding=1, bias=False, padding_mode=mode, dtype=DOUBLE)
     weight = torch.zeros(1, 1, 3, 3, dtype=DOUBLE)
@@ -250,7 +273,9 @@ def test_paddings_that_break_the_bound_are_refused_and_do_break_it(mode):
     with torch.no_grad():
         layer.weight.copy_(weight)
         columns = layer(torch.eye(16, dtype=DOUBLE).reshape(16, 1, 4, 4)).flatten(1)
-    assert exact_spectral_norm(columns) > 1.4 > conv_kernel_norm(weight).item()
+    exact = exact_spectral_norm(columns)
+    assert exact > 1.4 > conv_kernel_norm(weight).item()
+    assert conv_spectral_norm(weight, 4, padding_mode=mode).item() >= exact
 
 
 def test_wrong_arguments_are_errors():

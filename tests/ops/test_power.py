@@ -12,7 +12,7 @@ from hf_lip.ops import (
     spectral_norm_estimate,
 )
 from hf_lip.ops import power as power_module
-from hf_lip.ops.conv import conv_geometry
+from hf_lip.ops.geometry import conv_geometry
 
 
 DOUBLE = torch.float64
