@@ -14,6 +14,7 @@ trigonometric polynomial bounded by M decays from its maximum no faster than tha
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +34,26 @@ _PEAK_GRID, _PEAK_STEPS = 64, 10
 # work of a branch and bound, in multiplications of its factorisations, before the remaining cells are closed wider
 _CELL_WORK = 2e11
 # Lanczos steps on the operator itself, in float32
-_OPERATOR_STEPS = 16
+_OPERATOR_STEPS = 8
 # an operator of at most this smaller side, and of as many entries, is written out instead
 _EXPLICIT_SIDE, _EXPLICIT_ENTRIES = 384, 2**22
+
+
+class PlaneWave(NamedTuple):
+    """A frequency, in turns, and the channel vector (in,) that its Fourier block stretches most."""
+
+    turns: tuple[float, ...]
+    channels: Tensor
+
+    def on_image(self, sizes: tuple[int, ...]) -> Tensor:
+        """The wave on an image (1, in, *sizes), fading towards the border as zero padding asks for."""
+        image = self.channels.reshape(1, -1, *[1] * len(sizes))
+        for axis, (turn, size) in enumerate(zip(self.turns, sizes), start=2):
+            positions = torch.arange(size, device="cpu")
+            fade = torch.sin(math.pi * (positions + 1) / (size + 1))
+            factor = fade * torch.exp(2j * math.pi * turn * positions)
+            image = image * factor.reshape([-1 if dim == axis else 1 for dim in range(len(sizes) + 2)])
+        return image.real.float()
 
 
 def conv_norm(
@@ -89,7 +107,7 @@ def conv_norm(
         as_pads(padding, spans, circular=padding_mode == "circular"), padding_mode, strides, dilations, groups
     )
     sizes = None if input_size is None else as_tuple(input_size, dimensions, "input_size", 1)
-    whole = problem.exact
+    whole, wave = problem.exact, None
     if sizes is not None and not whole and _is_small(kernel, sizes, operator):
         low, high, method = _explicit(kernel, sizes, operator, problem.copies, rtol)
         return interval(low, high, exponent, method, rtol)
@@ -103,14 +121,15 @@ def conv_norm(
     elif problem.grid is None:
         low, high, method = _all_sizes(problem, rtol)
     else:
-        low, high, method = _one_size(problem, rtol)
+        low, high, method, wave = _one_size(problem, rtol)
     high = up(high * copies)
     if input_size is None and problem.copies > 1:
         reason = f"{padding_mode} padding reads a pixel {problem.copies} times at most, which may not stretch as much"
     if sizes is not None and not whole:
         # the torus only contains the operator, so the lower end is that of the operator itself
         enough = (1 - rtol) * high
-        low = stretch_lower_bound(kernel, sizes, operator, copies=problem.copies, enough=enough, steps=_OPERATOR_STEPS)
+        start = None if wave is None or max(*strides, *dilations, groups) > 1 else wave.on_image(sizes)
+        low = stretch_lower_bound(kernel, sizes, operator, problem.copies, enough, _OPERATOR_STEPS, start)
         reason = f"at this size, {padding_mode} padding is only bounded through an operator that contains it"
     return interval(down(low), high, exponent, method, rtol, reason)
 
@@ -139,13 +158,14 @@ def _explicit(
     return down(max(n.lower for n in norms) - error), up(max(n.upper for n in norms) + error), "explicit cholesky"
 
 
-def _one_size(problem: TorusProblem, rtol: float) -> tuple[float, float, str]:
+def _one_size(problem: TorusProblem, rtol: float) -> tuple[float, float, str, PlaneWave | None]:
     symbol = Symbol(problem.kernel)
     assert problem.grid is not None
     found = EigenvalueIntervals(1, eigenvalue_tolerance(rtol, symbol.side, complex_entries=True))
-    twist = (0,) * len(problem.grid)
+    twist, wave = (0,) * len(problem.grid), None
     if symbol.side > 1:
-        peak = _peak(symbol)
+        peak, vector = _peak(symbol)
+        wave = PlaneWave(peak, symbol.input_vector(peak, vector))
         if not problem.circular:
             # frequencies as far from the peak as can be
             turns = [x * n % 1.0 for x, n in zip(peak, problem.grid)]
@@ -156,8 +176,13 @@ def _one_size(problem: TorusProblem, rtol: float) -> tuple[float, float, str]:
     for chunk in _chunks(symbol, numbers):
         grams = symbol.grams(chunk, denominators).flatten(0, 1)
         found.include(grams, torch.zeros(grams.shape[0], dtype=torch.int64, device="cpu"))
+        if found.witness is not None:
+            index, vector = found.witness
+            _, place = _top_of_form(symbol, vector, index // len(chunk))
+            peak = tuple(x / _PEAK_GRID for x in place)
+            wave = PlaneWave(peak, symbol.input_vector(peak, vector))
     low, high = _ends(found, symbol)
-    return low, high, "torus cholesky" if not any(twist) else "twisted torus cholesky"
+    return low, high, "torus cholesky" if not any(twist) else "twisted torus cholesky", wave
 
 
 def _all_sizes(problem: TorusProblem, rtol: float) -> tuple[float, float, str]:
@@ -167,7 +192,7 @@ def _all_sizes(problem: TorusProblem, rtol: float) -> tuple[float, float, str]:
     found = EigenvalueIntervals(1, eigenvalue_tolerance(rtol, symbol.side, complex_entries=True))
     if symbol.side > 1:
         scale = 2 * _PEAK_GRID
-        nearest = nearest_frequency(_peak(symbol), (scale,) * len(types), (0,) * len(types))
+        nearest = nearest_frequency(_peak(symbol)[0], (scale,) * len(types), (0,) * len(types))
         _raise(found, symbol, nearest, (2 * scale,) * len(types))
     cells = cell_centres(size, len(types))
     work = 0.0
@@ -206,7 +231,8 @@ def _all_sizes(problem: TorusProblem, rtol: float) -> tuple[float, float, str]:
 
 def _ends(found: EigenvalueIntervals, symbol: Symbol) -> tuple[float, float]:
     low = down(found.lower.item() - symbol.error)
-    return down(math.sqrt(low)), up(math.sqrt(up(found.proved_upper().item() + symbol.error)))
+    # twice, for cells that were tested at shifts lowered by the square of a cosine, which is above 1/2
+    return down(math.sqrt(low)), up(math.sqrt(up(found.proved_upper().item() + 2 * symbol.error)))
 
 
 def _chunks(symbol: Symbol, numbers: Tensor) -> Sequence[Tensor]:
@@ -220,18 +246,23 @@ def _raise(found: EigenvalueIntervals, symbol: Symbol, numbers: Tensor, denomina
     found.raise_lower(rayleigh_lower_bounds(grams, vectors), owner)
 
 
-def _peak(symbol: Symbol) -> tuple[float, ...]:
-    """Frequency, in turns, near which the largest block lies: a guess that costs tightness only where it is wrong."""
+def _peak(symbol: Symbol) -> tuple[tuple[float, ...], Tensor]:
+    """Frequency, in turns, near which the largest block lies, and a vector: guesses, they cost tightness only."""
     dimensions = len(symbol.taps)
     numbers, denominators = grid_frequencies((2,) * dimensions)
     for _ in range(2):
-        grams = symbol.grams(numbers, denominators)
-        vectors = top_eigenvectors(grams.flatten(0, 1), _PEAK_STEPS)
-        bounds = rayleigh_lower_bounds(grams.flatten(0, 1), vectors)
-        best = int(bounds.argmax())
         # for a fixed vector the best frequency is found at once, on a fine grid
-        form = symbol.quadratic_form(vectors[best], best // numbers.shape[0], _PEAK_GRID)
-        place = int(form.argmax())
-        index = [place // _PEAK_GRID ** (dimensions - 1 - axis) % _PEAK_GRID for axis in range(dimensions)]
-        numbers, denominators = 2 * torch.tensor([index], device="cpu"), (2 * _PEAK_GRID,) * dimensions
-    return tuple(x / _PEAK_GRID for x in index)
+        grams = symbol.grams(numbers, denominators).flatten(0, 1)
+        vectors = top_eigenvectors(grams, _PEAK_STEPS)
+        best = int(rayleigh_lower_bounds(grams, vectors).argmax())
+        tops = [_top_of_form(symbol, vector, index // len(numbers)) for index, vector in enumerate(vectors)]
+        place, vector = tops[best][1], vectors[best]
+        numbers = 2 * torch.tensor([place for _, place in sorted(tops, reverse=True)[:2]], device="cpu")
+        denominators = (2 * _PEAK_GRID,) * dimensions
+    return tuple(x / _PEAK_GRID for x in place), vector
+
+
+def _top_of_form(symbol: Symbol, vector: Tensor, group: int) -> tuple[float, tuple[int, ...]]:
+    form = symbol.quadratic_form(vector, group, _PEAK_GRID)
+    top = int(form.argmax())
+    return form.flatten()[top].item(), tuple(int(x) for x in torch.unravel_index(torch.tensor(top), form.shape))

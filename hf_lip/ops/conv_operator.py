@@ -58,7 +58,13 @@ def _normal_map(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> Tensor:
 
 
 def stretch_lower_bound(
-    kernel: Tensor, input_size: tuple[int, ...], arguments: ConvArguments, *, copies: int, enough: float, steps: int
+    kernel: Tensor,
+    input_size: tuple[int, ...],
+    arguments: ConvArguments,
+    copies: int,
+    enough: float,
+    steps: int,
+    start: Tensor | None = None,
 ) -> float:
     """Proved lower bound of the operator's norm: the stretch |T x| / |x| of one image, rounding taken off.
 
@@ -70,10 +76,12 @@ def stretch_lower_bound(
         copies: largest number of times a pixel is read through the padding.
         enough: stop as soon as the estimate reaches this.
         steps: largest number of Lanczos steps.
+        start: image (1, in, *sizes) to begin with; a random one by default.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     shape = (1, kernel.shape[1] * arguments.groups, *input_size)
-    vector = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    vector = noise if start is None else start + 1e-3 * start.square().mean().sqrt() * noise
     vector /= torch.linalg.vector_norm(vector)
     single = kernel.float()
     best, reached = vector, 0.0

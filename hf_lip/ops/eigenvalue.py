@@ -12,33 +12,17 @@ routines, power iterations or Gram iterations, and unlike them it is a proof.
 """
 
 import torch
-from scipy.linalg.lapack import dpotrf, zpotrf
 from torch import Tensor
 
+from .cholesky import not_positive_definite
 from .rounding import UNIT_ROUNDOFF, gamma
 
 
 # the least shift that is tried: positive, and negligible for matrices scaled to about 1
 _FLOOR = 2.0**-600
-# below this side torch's batched factorisation beats a loop over LAPACK calls
-_BATCHED_SIDE = 24
 # matrices a round that Lanczos steps are spent on, for each maximum that is sought
 _CANDIDATES = 8
 _FIRST_STEPS, _MOST_STEPS = 12, 96
-
-
-def _not_positive_definite(matrices: Tensor) -> Tensor:
-    """Which of the Hermitian matrices (N, c, c) fail a Cholesky factorisation; their contents are destroyed."""
-    side = matrices.shape[-1]
-    if side == 1:
-        # not greater than: NaN fails
-        return ~(matrices[:, 0, 0].real > 0)
-    if side <= _BATCHED_SIDE:
-        return torch.linalg.cholesky_ex(matrices).info != 0
-    routine = zpotrf if matrices.is_complex() else dpotrf
-    array = matrices.numpy()
-    # the transpose is in Fortran order and as definite as the matrix itself: nothing is copied
-    return torch.tensor([routine(matrix.T, lower=0, clean=0, overwrite_a=1)[1] != 0 for matrix in array])
 
 
 def _lanczos(matrices: Tensor, num_steps: int) -> Tensor:
@@ -96,6 +80,8 @@ class EigenvalueIntervals:
         self.tolerance = tolerance
         self.lower = torch.zeros(num_stacks, dtype=torch.float64, device="cpu")
         self.shift = torch.full((num_stacks,), _FLOOR, dtype=torch.float64, device="cpu")
+        # index and vector of the matrix, among those of the last `include`, that raised the first stack's lower end
+        self.witness: tuple[int, Tensor] | None = None
         self._side = 1
         self._complex = False
 
@@ -110,6 +96,7 @@ class EigenvalueIntervals:
         Only those whose factorisation fails are looked at more closely; each round raises the upper end of a stack.
         """
         side = matrices.shape[-1]
+        self.witness = None
         self._side, self._complex = max(side, self._side), self._complex or matrices.is_complex()
         pending = self.fails(matrices, self.shift[owner])
         steps = _FIRST_STEPS
@@ -117,7 +104,11 @@ class EigenvalueIntervals:
             chosen = torch.cat([self._spread(pending[owner[pending] == stack]) for stack in owner[pending].unique()])
             vectors = top_eigenvectors(matrices[chosen], steps if steps < min(side, _MOST_STEPS) else side)
             before = self.shift.clone()
-            self.raise_lower(rayleigh_lower_bounds(matrices[chosen], vectors), owner[chosen])
+            bounds = rayleigh_lower_bounds(matrices[chosen], vectors)
+            best = int(torch.where(owner[chosen] == 0, bounds, -1.0).argmax())
+            if bounds[best] > self.lower[0]:
+                self.witness = int(chosen[best]), vectors[best]
+            self.raise_lower(bounds, owner[chosen])
             stuck = self.shift[owner[chosen]] <= before[owner[chosen]]
             if stuck.any():
                 if steps >= min(side, _MOST_STEPS):
@@ -132,7 +123,7 @@ class EigenvalueIntervals:
         """Indices of the matrices (N, c, c) for which shift * I - A fails a Cholesky factorisation."""
         shifted = -matrices
         shifted.diagonal(dim1=-2, dim2=-1).add_(shifts[:, None])
-        return _not_positive_definite(shifted).nonzero()[:, 0]
+        return not_positive_definite(shifted).nonzero()[:, 0]
 
     @staticmethod
     def _spread(indices: Tensor) -> Tensor:

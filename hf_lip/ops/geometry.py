@@ -315,5 +315,6 @@ def torus_problem(
                 s if k <= s else -(-(n + p) // s) * s for n, p, k, s in zip(sizes, ends, kernel_size, strides)
             )
         grid = tuple(m // s for m, s in zip(torus, steps))
-    kernel = polyphase_kernel(kernel, steps)
+    # a kernel shorter than the stride leaves some phases unread
+    kernel = polyphase_kernel(kernel, [min(s, k) for s, k in zip(steps, kernel.shape[2:])])
     return TorusProblem(kernel.reshape(groups, -1, *kernel.shape[1:]), grid, copies, exact, circular)

@@ -9,6 +9,7 @@ so a few real products R_tau serve all frequencies: for 3 x 3 taps 45 products o
 block's Gram matrix takes four real products a frequency.
 """
 
+import cmath
 import itertools
 import math
 
@@ -70,15 +71,13 @@ class Symbol:
         self._tap_matrices = kernel.flatten(3).movedim(-1, 0).contiguous()
         lags = [lag for lag in itertools.product(*(range(1 - t, t) for t in self.taps)) if lag > (0,) * len(lag)]
         self.lags = torch.tensor(lags, device="cpu").reshape(len(lags), len(self.taps))
-        # coefficients of the cosines, the mean first, and of the sines
-        self.even = kernel.new_empty(self.groups, len(lags) + 1, self.side, self.side)
-        self.odd = kernel.new_empty(self.groups, len(lags), self.side, self.side)
-        self.even[:, 0] = self._correlation((0,) * len(self.taps))
-        for index, lag in enumerate(lags):
+        # what the cosines (the mean first) and the sines are multiplied by: real and imaginary parts interleaved
+        self._basis = kernel.new_zeros(self.groups, 2 * len(lags) + 1, self.side, self.side, 2)
+        self._basis[:, 0, ..., 0] = self._correlation((0,) * len(self.taps))
+        for index, lag in enumerate(lags, start=1):
             correlation = self._correlation(lag)
-            torch.add(correlation, correlation.mT, out=self.even[:, index + 1])
-            torch.sub(correlation, correlation.mT, out=self.odd[:, index])
-        self.even, self.odd = self.even.flatten(2), self.odd.flatten(2)
+            torch.add(correlation, correlation.mT, out=self._basis[:, index, ..., 0])
+            torch.sub(correlation, correlation.mT, out=self._basis[:, len(lags) + index, ..., 1])
         tap_norms = torch.linalg.vector_norm(kernel, dim=(1, 2)).flatten(1).sum(dim=1).max().item()
         count = self.columns * math.prod(self.taps) + 4 * len(lags) + 64
         self.error = 2 * (gamma(count) + (PHASE_ERROR if lags else 0.0)) * tap_norms**2
@@ -106,10 +105,21 @@ class Symbol:
         """
         count = numbers.shape[0]
         if self.lags.shape[0] == 0:
-            return self.even.reshape(self.groups, 1, self.side, self.side).expand(-1, count, -1, -1).contiguous()
-        cosines, sines = self.phases(numbers, denominators)
-        shape = (self.groups, count, self.side, self.side)
-        return torch.complex((cosines @ self.even).reshape(shape), (sines @ self.odd).reshape(shape))
+            return self._basis[..., 0].expand(-1, count, -1, -1).contiguous()
+        coefficients = torch.cat(self.phases(numbers, denominators), dim=1)
+        blocks = (coefficients @ self._basis.flatten(2)).reshape(self.groups, count, self.side, self.side, 2)
+        return torch.view_as_complex(blocks)
+
+    def input_vector(self, turns: tuple[float, ...], vector: Tensor) -> Tensor:
+        """The channel vector, on the input side of the kernel, that belongs to a vector of the smaller side."""
+        if self.transposed:
+            return vector.conj()
+        image = torch.zeros(self.columns, dtype=torch.complex128, device="cpu")
+        for tap in itertools.product(*(range(size) for size in self.taps)):
+            angle = -2 * math.pi * sum(x * turn for x, turn in zip(tap, turns))
+            matrix = self._tap_matrices[self._tap_index(tap)][0]
+            image += cmath.exp(1j * angle) * (matrix.T.to(vector.dtype) @ vector)
+        return image
 
     def phases(self, numbers: Tensor, denominators: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Cosines (F, lags + 1) and sines (F, lags), each off by less than PHASE_ERROR."""
@@ -126,10 +136,10 @@ class Symbol:
         """v* D D* v on a grid of frequencies (resolution, ...), for one fixed vector (side,)."""
         outer = torch.outer(vector.conj(), vector).flatten()
         # symmetric matrices see the real part of it only, antisymmetric ones the imaginary part
-        form = self.even[group] @ outer.real.contiguous()
+        form = self._basis[group, : len(self.lags) + 1, ..., 0].flatten(1) @ outer.real
         turned = torch.zeros_like(form[1:])
         if outer.is_complex():
-            turned = -(self.odd[group] @ outer.imag.contiguous())
+            turned = -(self._basis[group, len(self.lags) + 1 :, ..., 1].flatten(1) @ outer.imag)
         coefficients = torch.zeros((resolution,) * len(self.taps), dtype=torch.complex128, device="cpu")
         coefficients[(0,) * len(self.taps)] = form[0]
         for lag, cosine, sine in zip(self.lags.tolist(), form[1:], turned):
