@@ -13,7 +13,11 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _PUBLIC = {
     "CertifyPipeline": "pipelines.certify",
+    "CifarResNetConfig": "models.cifar_resnet.configuration_cifar_resnet",
+    "CifarResNetForImageClassification": "models.cifar_resnet.modeling_cifar_resnet",
+    "CifarResNetModel": "models.cifar_resnet.modeling_cifar_resnet",
     "LipschitzCertificate": "models.certificate",
+    "LipschitzRegularizer": "spectral.regularizer",
     "LipschitzVisionBackbone": "models.lipschitz_vision.modeling_lipschitz_vision",
     "LipschitzVisionConfig": "models.lipschitz_vision.configuration_lipschitz_vision",
     "LipschitzVisionForImageClassification": "models.lipschitz_vision.modeling_lipschitz_vision",

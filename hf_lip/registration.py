@@ -6,6 +6,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from .assets import DEFAULT_MODEL_DIR
+from .models.cifar_resnet.configuration_cifar_resnet import CifarResNetConfig
+from .models.cifar_resnet.modeling_cifar_resnet import CifarResNetForImageClassification, CifarResNetModel
 from .models.lipschitz_vision.configuration_lipschitz_vision import LipschitzVisionConfig
 from .models.lipschitz_vision.image_processing_pil_lipschitz_vision import LipschitzVisionImageProcessorPil
 from .models.lipschitz_vision.modeling_lipschitz_vision import (
@@ -27,10 +29,15 @@ def register() -> None:
         LipschitzVisionConfig, LipschitzVisionForImageClassification, exist_ok=True
     )
     AutoBackbone.register(LipschitzVisionConfig, LipschitzVisionBackbone, exist_ok=True)
+    AutoConfig.register("cifar_resnet", CifarResNetConfig, exist_ok=True)
+    AutoModel.register(CifarResNetConfig, CifarResNetModel, exist_ok=True)
+    AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification, exist_ok=True)
     try:
-        AutoImageProcessor.register(
-            LipschitzVisionConfig, image_processor_classes={"pil": LipschitzVisionImageProcessorPil}, exist_ok=True
-        )
+        # both take pixels in [0, 1]: normalisation is a layer of the model
+        for config in (LipschitzVisionConfig, CifarResNetConfig):
+            AutoImageProcessor.register(
+                config, image_processor_classes={"pil": LipschitzVisionImageProcessorPil}, exist_ok=True
+            )
     except ImportError as error:
         # transformers 5.17 has no AutoImageProcessor at all without torchvision; our own class works without it
         logger.info(f"LipschitzVisionImageProcessor is not in AutoImageProcessor: {error}")

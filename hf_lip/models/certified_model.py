@@ -90,6 +90,9 @@ def optional_file(source: str, name: str, hub_arguments: dict[str, Any]) -> str 
 class CertifiedPreTrainedModel(PreTrainedModel):
     """`PreTrainedModel` whose checkpoints are complete, finite, safetensors only, and written atomically."""
 
+    #: what the names of the head's tensors begin with: all that `ignore_mismatched_sizes` may initialise anew
+    head_prefix = "classifier."
+
     def rescaled_modules(self) -> list[RescaledModule]:
         return [module for module in self.modules() if isinstance(module, RescaledModule)]
 
@@ -171,7 +174,7 @@ class CertifiedPreTrainedModel(PreTrainedModel):
             "mismatched": {name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]},
         }
         for kind in ("missing", "mismatched"):
-            problems[kind] = {name for name in problems[kind] if not (new_head and name.startswith("classifier."))}
+            problems[kind] = {name for name in problems[kind] if not (new_head and name.startswith(cls.head_prefix))}
         if any(problems.values()):
             listing = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names)
             raise ValueError(

@@ -2,6 +2,7 @@
 """Spectral norms of layers and models."""
 
 from .norms import spectral_norm, spectral_norms
+from .regularizer import LipschitzRegularizer
 
 
-__all__ = ["spectral_norm", "spectral_norms"]
+__all__ = ["LipschitzRegularizer", "spectral_norm", "spectral_norms"]

@@ -81,7 +81,7 @@ def spectral_norm(
             layer_or_weight = layer_or_weight.weight
         else:
             return _normalisation_norm(layer_or_weight)
-    if isinstance(layer_or_weight, tuple):
+    if isinstance(layer_or_weight, tuple) and len(layer_or_weight) == 2:
         return low_rank_norm(*layer_or_weight, rtol=rtol)
     if not isinstance(layer_or_weight, Tensor):
         raise TypeError(
@@ -208,11 +208,20 @@ def _transposed_output_size(weight: Tensor, input_size: Size | None, keywords: d
     outputs = tuple((n - 1) * s + k - sum(pad) + e for n, s, k, pad, e in ends)
     if min(outputs) < 1:
         raise ValueError(f"input_size {sizes} gives no output pixel: {outputs}.")
-    return outputs
+    # whole steps of output padding (dilation allows them) are pixels that no input reaches: the adjoint would start
+    # windows of its own there
+    beyond = [e // s * s for e, s in zip(extra, strides)]
+    keywords["padding"] = tuple((before, max(0, after - b)) for (before, after), b in zip(pads, beyond))
+    read = tuple(n - max(0, b - after) for n, (_, after), b in zip(outputs, pads, beyond))
+    if min(read) < 1:
+        raise ValueError(f"No pixel of input_size {sizes} reaches the output, which output_padding {extra} fills.")
+    return read
 
 
 def _gram_norm(matrices: Tensor, copies: int, rtol: float, exact: bool = True) -> SpectralNorm:
     lower, upper, products = gram_interval(matrices, rtol)
+    if not math.isfinite(upper):
+        raise ValueError("weight has entries that are not finite, or the norm overflows its dtype: no bound exists.")
     root = math.sqrt(copies)
     low, high = float(lower) if exact else 0.0, float(upper) * root
     reason = None
@@ -235,7 +244,7 @@ def _normalisation_norm(layer: nn.Module) -> SpectralNorm:
         weight = torch.ones_like(variance) if layer.weight is None else exact_double(layer.weight)
         top = (weight.abs() / (variance + layer.eps).sqrt()).max().item()
         _check_finite(top)
-        return SpectralNorm(down(top), up(top) if top else 0.0, "formula")
+        return SpectralNorm(down(top), up(top) if weight.any() else 0.0, "formula")
     eps = getattr(layer, "eps", None) or getattr(layer, "variance_epsilon", None)
     is_norm = isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or type(layer).__name__.endswith("RMSNorm")
     if not is_norm:

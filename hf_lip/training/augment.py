@@ -14,10 +14,10 @@ from torch import Tensor
 __all__ = ["ImageBatches", "compact_pixels", "crop_and_flip", "epoch_generator", "to_float_pixels"]
 
 
-def epoch_generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
-    """CPU generator whose stream depends on all three arguments; neighbouring seeds and epochs are unrelated."""
+def epoch_generator(seed: int, epoch: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Generator whose stream depends on seed, epoch and purpose; neighbouring seeds and epochs are unrelated."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def compact_pixels(images: Tensor) -> Tensor:

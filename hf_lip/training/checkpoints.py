@@ -2,8 +2,9 @@
 """Checkpoints of an Accelerate run, for exact resume.
 
 A checkpoint folder is written under a temporary name and renamed when whole, so that `kill -9` at any moment leaves
-the earlier ones usable. Weights and averages are safetensors; optimiser and random states are torch pickles written by
-Accelerate, so only those in the run's own folder are loaded (`find_checkpoint`), with `weights_only=True`.
+the earlier ones usable. Weights, averages and the penalty's state are safetensors; optimiser and random states are
+torch pickles written by Accelerate, so only those in the run's own folder are loaded (`find_checkpoint`), with
+`weights_only=True`.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
+from ..spectral.regularizer import LipschitzRegularizer
 from .averaging import EvaluationCopy
 from .run_folder import STATE_NAME, prune_checkpoints, publish_checkpoint, unfinished_folder, write_json
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 AVERAGES_NAME = "averages.safetensors"
+PENALTY_NAME = "penalty.safetensors"
 
 __all__ = ["RunState", "load_checkpoint", "save_checkpoint"]
 
@@ -46,6 +49,7 @@ def save_checkpoint(
     evaluated: EvaluationCopy,
     *,
     keep: int,
+    penalty: LipschitzRegularizer | None = None,
 ) -> None:
     """Write `checkpoint-<step>` and delete all but the newest `keep`. To be called by every process.
 
@@ -59,6 +63,8 @@ def save_checkpoint(
     accelerator.save_state(str(folder))
     if accelerator.is_main_process and evaluated.decay is not None:
         save_file(evaluated.state_dict(), folder / AVERAGES_NAME)
+    if accelerator.is_main_process and penalty is not None:
+        save_file(penalty.state_dict(), folder / PENALTY_NAME)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         # last: a folder without this file does not count as a checkpoint
@@ -70,7 +76,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, identity: dict[str, Any], accelerator: "Accelerator", evaluated: EvaluationCopy
+    folder: Path,
+    identity: dict[str, Any],
+    accelerator: "Accelerator",
+    evaluated: EvaluationCopy,
+    penalty: LipschitzRegularizer | None = None,
 ) -> RunState:
     """Put back into the prepared model, optimiser and averages what `save_checkpoint` wrote.
 
@@ -94,4 +104,6 @@ def load_checkpoint(
     accelerator.load_state(str(folder))
     if evaluated.decay is not None:
         evaluated.load_state_dict(load_file(folder / AVERAGES_NAME))
+    if penalty is not None:
+        penalty.load_state_dict(load_file(folder / PENALTY_NAME))
     return RunState(**saved["state"])

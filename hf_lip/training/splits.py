@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splits of a small image data set, decoded once into memory."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,14 @@ class Split:
         sums = sum(to_float_pixels(part).sum(dim=(0, 2, 3), dtype=torch.float64) for part in self.images.split(1024))
         pixels = len(self.images) * self.images.shape[2] * self.images.shape[3]
         return [round(total / pixels, 6) for total in torch.as_tensor(sums).tolist()]
+
+    def channel_deviations(self) -> list[float]:
+        """Standard deviation of the pixels of every channel around its mean, in [0, 1], to six digits."""
+        means = torch.tensor(self.channel_means(), dtype=torch.float64).view(-1, 1, 1)
+        parts = (to_float_pixels(part).double() - means.to(part.device) for part in self.images.split(1024))
+        sums = sum(part.square().sum(dim=(0, 2, 3)) for part in parts)
+        pixels = len(self.images) * self.images.shape[2] * self.images.shape[3]
+        return [round(math.sqrt(total / pixels), 6) for total in torch.as_tensor(sums).tolist()]
 
 
 def read_split(

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the real script on the digits and on made images: what it writes, resume, several processes, bad input."""
 
-import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,69 +21,7 @@ from hf_lip.data import dataset_to_tensors, load_image_dataset
 from hf_lip.metrics import STANDARD_RADII, certified_accuracy
 from hf_lip.training.run_folder import list_checkpoints, unfinished_folder
 
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "train_image_classifier.py"
-SMALL_MLP = [
-    *("--cpu", "--depths", "0", "--hidden_sizes", "1", "--pool_size", "1"),
-    *("--dense_size", "32", "--num_dense_layers", "2", "--dense_hidden_size", "16"),
-]
-# 240 images in batches of 24 are 10 steps an epoch; 67 images fill no batch of 16 on two processes
-SMALL_DATA = [
-    *("--max_train_samples", "240", "--max_eval_samples", "67"),
-    *("--train_batch_size", "24", "--eval_batch_size", "16"),
-]
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_image_classifier", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run(script, tmp_path, monkeypatch):
-    """Run the script in this process; returns its results."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run_in(name, *words, base=(*SMALL_MLP, *SMALL_DATA)):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        output_dir = tmp_path / name
-        script.main([*base, "--output_dir", str(output_dir), *map(str, words)])
-        return json.loads((output_dir / "results.json").read_text())
-
-    return run_in
-
-
-def subprocess_environment():
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def weights(folder):
-    return (Path(folder) / "model.safetensors").read_bytes()
-
-
-def made_images(folder, splits, size=(8, 8), names=("dark", "light")):
-    """A parquet folder of noisy grey-level images that a classifier can tell apart."""
-    generator = np.random.default_rng(0)
-    folder.mkdir()
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-    for split, count in splits.items():
-        labels = [index % len(names) for index in range(count)]
-        noise = generator.integers(0, 80, (count, *size, 3))
-        pixels = (noise + 120 * np.array(labels, dtype=np.int64).reshape(-1, 1, 1, 1)).astype(np.uint8)
-        rows = {"image": [Image.fromarray(image) for image in pixels], "label": labels}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}-0.parquet"))
-    return folder
+from .runs import SCRIPT, SMALL_DATA, SMALL_MLP, made_images, subprocess_environment, weights
 
 
 class TestWhatARunWrites:

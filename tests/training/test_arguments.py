@@ -2,11 +2,18 @@
 import pytest
 from transformers import HfArgumentParser
 
-from hf_lip.training.arguments import FREE_ON_RESUME, DataArguments, ModelArguments, TrainingArguments, run_identity
+from hf_lip.training.arguments import (
+    FREE_ON_RESUME,
+    DataArguments,
+    ModelArguments,
+    NoiseArguments,
+    TrainingArguments,
+    run_identity,
+)
 
 
 def make_parser():
-    return HfArgumentParser((DataArguments, ModelArguments, TrainingArguments))
+    return HfArgumentParser((DataArguments, ModelArguments, NoiseArguments, TrainingArguments))
 
 
 def parse(*words):
@@ -15,10 +22,12 @@ def parse(*words):
 
 def test_every_argument_parses_and_has_help():
     assert all(action.help for action in make_parser()._actions)
-    data, model, training = parse(
+    data, model, noise, training = parse(
         *("--dataset", "folder", "--horizontal_flip", "false", "--depths", "1", "2", "--hidden_sizes", "4", "8"),
         *("--block_type", "sr", "--image_std", "0.5", "--adam_betas", "0.9", "0.99", "--cpu"),
+        *("--noise_sd", "0.25", "--noise_method", "smoothadv"),
     )
+    assert (noise.noise_sd, noise.noise_method, noise.copies) == (0.25, "smoothadv", 2)
     assert (data.dataset, data.horizontal_flip) == ("folder", False)
     assert (model.depths, model.hidden_sizes, model.block_type, model.image_std) == ([1, 2], [4, 8], "sr", [0.5])
     assert (training.adam_betas, training.cpu) == ([0.9, 0.99], True)
@@ -40,6 +49,12 @@ def test_every_argument_parses_and_has_help():
         (TrainingArguments, "ema_decay", 1.0, r"in \[0, 1\)"),
         (TrainingArguments, "adam_betas", [0.9, 1.0], r"in \[0, 1\)"),
         (TrainingArguments, "adam_betas", [0.9], "two numbers"),
+        (TrainingArguments, "lipschitz_penalty", -1.0, ">= 0"),
+        (TrainingArguments, "lipschitz_target", 0.0, "> 0"),
+        (NoiseArguments, "noise_sd", -0.1, ">= 0"),
+        (NoiseArguments, "noise_copies", 0, "> 0"),
+        (NoiseArguments, "attack_epsilon", 0.0, "> 0"),
+        (NoiseArguments, "attack_warmup", 1.0, r"in \[0, 1\)"),
         (TrainingArguments, "checkpointing_steps", "often", "'epoch'"),
         (TrainingArguments, "checkpointing_steps", "0", "'epoch'"),
     ],
@@ -74,6 +89,34 @@ def test_augmentation_defaults_spare_digits():
     assert natural == {"crop_padding": 4, "crop_padding_mode": "reflect", "horizontal_flip": True}
     asked = DataArguments(dataset="cifar10", crop_padding=1, horizontal_flip=False).augmentation(32)
     assert (asked["crop_padding"], asked["horizontal_flip"]) == (1, False)
+
+
+@pytest.mark.parametrize("fields", [{"noise_method": "consistency"}, {"noise_copies": 2}])
+def test_noise_methods_need_noise(fields):
+    with pytest.raises(ValueError, match="need noise"):
+        NoiseArguments(**fields)
+
+
+def test_consistency_needs_two_copies():
+    with pytest.raises(ValueError, match="at least 2"):
+        NoiseArguments(noise_sd=0.1, noise_method="consistency", noise_copies=1)
+    assert NoiseArguments(noise_sd=0.1).copies == 1
+
+
+def test_defaults_depend_on_the_family_and_what_is_given_stays():
+    args = TrainingArguments()
+    args.resolve(certified=True)
+    assert (args.offset, args.temperature, args.channels_last) == (pytest.approx(0.3993, abs=1e-4), 0.25, False)
+    args = TrainingArguments()
+    args.resolve(certified=False)
+    assert (args.offset, args.temperature, args.channels_last) == (0.0, 1.0, True)
+    args = TrainingArguments(offset=0.5, temperature=2.0, channels_last=False)
+    args.resolve(certified=False)
+    assert (args.offset, args.temperature, args.channels_last) == (0.5, 2.0, False)
+    with pytest.raises(ValueError, match="emma"):
+        TrainingArguments(loss="emma").resolve(certified=False)
+    with pytest.raises(ValueError, match="ordinary networks"):
+        TrainingArguments(lipschitz_penalty=0.1).resolve(certified=True)
 
 
 def test_checkpoint_interval():
