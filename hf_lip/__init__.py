@@ -27,8 +27,10 @@ _PUBLIC = {
     "certified_accuracy": "metrics",
     "average_certified_radius": "metrics",
     "SpectralNorm": "ops.interval",
+    "global_lipschitz_bound": "checkpoints.composition",
     "spectral_norm": "spectral.norms",
     "spectral_norms": "spectral.norms",
+    "spectrum": "checkpoints.spectrum",
     "verify_checkpoint": "checkpoints.verify",
 }
 

@@ -5,6 +5,9 @@
 prediction is the label. An abstention is passed as `correct = False` and radius 0, as in Cohen et al. 2019.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -18,6 +21,9 @@ __all__ = [
     "average_certified_radius",
     "certified_accuracy",
     "certified_accuracy_curve",
+    "certified_accuracy_envelope",
+    "evaluate_metric",
+    "probability_distribution",
 ]
 
 
@@ -63,6 +69,94 @@ def certified_accuracy_curve(
             raise ValueError("`eps` must hold finite radii >= 0 (l2, pixels in [0, 1]) and not be empty.")
     above = certified.size - np.searchsorted(certified, grid, side="right")
     return grid, above / radius.size
+
+
+def certified_accuracy_envelope(
+    runs: Mapping[Any, tuple[ArrayLike, ArrayLike]], eps: ArrayLike | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[Any]]:
+    """Best of several runs at every radius, such as one run for every sigma: the usual table of smoothing papers.
+
+    No classifier has this curve: which run is best differs from radius to radius. Compare it with envelopes only.
+
+    Args:
+        runs: name -> (radii, correct), on the same images.
+        eps: radii (M,); by default 0 and every distinct radius of a correct image.
+
+    Returns:
+        `(eps, accuracy, names)`: (M,), (M,) and the name of the best run at each radius, the first of equals.
+
+    Raises:
+        ValueError: as `certified_accuracy_curve`; no runs, or runs with different numbers of images.
+    """
+    sizes = {name: np.asarray(correct).size for name, (_, correct) in runs.items()}
+    if not runs or len(set(sizes.values())) > 1:
+        raise ValueError(f"`runs` must hold runs on the same images, got numbers of images {sizes}.")
+    if eps is None:
+        eps = np.unique(np.concatenate([certified_accuracy_curve(*run)[0] for run in runs.values()]))
+    curves = [certified_accuracy_curve(radii, correct, eps) for radii, correct in runs.values()]
+    accuracies = np.stack([accuracy for _, accuracy in curves])
+    names = list(runs)
+    return curves[0][0], accuracies.max(axis=0), [names[best] for best in accuracies.argmax(axis=0)]
+
+
+def probability_distribution(p_lower: ArrayLike, num_bins: int = 20) -> dict[str, Any]:
+    """How the lower bounds of the class probabilities pA (N,) are spread: report it beside the ACR.
+
+    Rare images with probabilities near 1 can make any ACR (arXiv 2410.06895); the distribution shows them.
+
+    Returns:
+        `edges` (num_bins + 1,) and `shares` (num_bins,) of a histogram over [0, 1], `quantiles` {"0.1": ..., "0.9"}.
+
+    Raises:
+        ValueError: an empty array, values outside [0, 1] or NaN, `num_bins` below 1.
+    """
+    values = np.asarray(p_lower, dtype=np.float64).reshape(-1)
+    if values.size == 0 or not np.all((values >= 0.0) & (values <= 1.0)):
+        raise ValueError("`p_lower` must hold probabilities in [0, 1] and not be empty.")
+    if num_bins < 1:
+        raise ValueError(f"`num_bins` must be at least 1, got {num_bins}.")
+    counts, edges = np.histogram(values, bins=num_bins, range=(0.0, 1.0))
+    tenths = [tenth / 10 for tenth in range(1, 10)]
+    return {
+        "edges": edges.tolist(),
+        "shares": (counts / values.size).tolist(),
+        "quantiles": {str(share): float(np.quantile(values, share)) for share in tenths},
+    }
+
+
+def evaluate_metric(eps: Mapping[str, float] | None = None) -> Any:
+    """The metrics of this module as an `evaluate.Metric`, for `add_batch(predictions=, references=, radii=)`.
+
+    `compute()` returns `clean_accuracy`, `certified_accuracy_at_NAME` for every entry of `eps` (by default
+    `STANDARD_RADII`), `average_certified_radius` and `abstention_rate`. A prediction of -1 is an abstention.
+
+    Raises:
+        ImportError: evaluate is not installed.
+    """
+    import datasets
+    import evaluate
+
+    thresholds = dict(STANDARD_RADII if eps is None else eps)
+
+    class CertifiedAccuracy(evaluate.Metric):
+        def _info(self) -> Any:
+            kinds = {"predictions": "int64", "references": "int64", "radii": "float64"}
+            return evaluate.MetricInfo(
+                description=evaluate_metric.__doc__ or "",
+                citation="",
+                features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
+            )
+
+        def _compute(self, predictions: Any, references: Any, radii: Any) -> dict[str, float]:
+            correct = np.asarray(predictions) == np.asarray(references)
+            return {
+                "clean_accuracy": float(correct.mean()),
+                **{f"certified_accuracy_at_{k}": certified_accuracy(radii, correct, v) for k, v in thresholds.items()},
+                "average_certified_radius": average_certified_radius(radii, correct),
+                "abstention_rate": abstention_rate(np.asarray(predictions) == -1),
+            }
+
+    return CertifiedAccuracy()
 
 
 def average_certified_radius(radii: ArrayLike, correct: ArrayLike) -> float:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_lip.plots import plot_certified_accuracy
+from hf_lip.plots import plot_certified_accuracy, plot_envelope, plot_probabilities
 
 
 def test_curve_is_the_step_function():
@@ -48,6 +48,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         plot_certified_accuracy([0.1], [True], path=path)
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_envelope(tmp_path):
+    runs = {"sigma 0.25": ([0.1, 0.3], [True, True]), "sigma 1": ([0.0, 2.0], [True, True])}
+    ax = plot_envelope(runs, path=tmp_path / "envelope.png", title="digits")
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["sigma 0.25 (ACR 0.200)", "sigma 1 (ACR 1.000)", "envelope"]
+    line = next(line for line in ax.lines if line.get_label() == "envelope")
+    assert line.get_xdata().tolist() == [0.0, 0.1, 0.3, 2.0]
+    assert line.get_ydata() == pytest.approx([100.0, 50.0, 50.0, 0.0])
+    with Image.open(tmp_path / "envelope.png") as image:
+        assert image.size == (960, 630)
+
+
+def test_probabilities(tmp_path):
+    ax = plot_probabilities([0.1, 0.61, 0.62, 0.97], [False, True, True, True], path=tmp_path / "p.png")
+    heights = [patch.get_height() for patch in ax.patches]
+    assert sum(heights) == pytest.approx(100.0)
+    assert max(heights) == pytest.approx(50.0)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["right (3)", "wrong or abstained (1)"]
+    assert (tmp_path / "p.png").stat().st_size > 1000
 
 
 def test_no_certified_image_at_all():

@@ -65,7 +65,8 @@ def not_positive_definite(matrices: Tensor) -> Tensor:
         # not greater than: NaN fails
         return ~(matrices[:, 0, 0].real > 0)
     if side <= _BATCHED_SIDE:
-        return torch.linalg.cholesky_ex(matrices).info != 0
+        factors, info = torch.linalg.cholesky_ex(matrices)
+        return (info != 0) | _last_pivot_fails(factors)
     if not matrices.is_contiguous():
         raise ValueError("matrices must be contiguous.")
     workers = min(torch.get_num_threads(), count)
@@ -75,5 +76,9 @@ def not_positive_definite(matrices: Tensor) -> Tensor:
         with _libraries().limit(limits=1), ThreadPoolExecutor(workers) as pool:
             parts = pool.map(_factorise, matrices.tensor_split(workers))
             failed = [flag for part in parts for flag in part]
+    return torch.tensor(failed, dtype=torch.bool, device="cpu") | _last_pivot_fails(matrices)
+
+
+def _last_pivot_fails(factors: Tensor) -> Tensor:
     # some builds of LAPACK let NaN pass; it spreads to every later pivot
-    return torch.tensor(failed, dtype=torch.bool, device="cpu") | ~(matrices[:, -1, -1].real > 0)
+    return ~(factors[:, -1, -1].real > 0)

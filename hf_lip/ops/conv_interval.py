@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .conv_operator import ConvArguments, convolve, stretch_lower_bound
+from .conv_operator import ConvArguments, operator_matrix, part_of_large_image, stretch_lower_bound
 from .eigenvalue import EigenvalueIntervals, rayleigh_lower_bounds, top_eigenvectors
 from .geometry import Padding, Size, TorusProblem, as_pads, as_tuple, check_kernel, torus_problem
 from .interval import SpectralNorm, check_rtol, dense_norms, eigenvalue_tolerance, interval
@@ -33,6 +33,10 @@ _CHUNK_ENTRIES = 2**21
 _PEAK_GRID, _PEAK_STEPS = 64, 10
 # work of a branch and bound, in multiplications of its factorisations, before the remaining cells are closed wider
 _CELL_WORK = 2e11
+# and cells held at once
+_MOST_CELLS = 2**22
+# frequencies of a torus from which on the branch and bound is tried first, and from which on it has to do
+_MANY_FREQUENCIES, _MOST_FREQUENCIES = 2**12, 2**20
 # Lanczos steps on the operator itself, in float32
 _OPERATOR_STEPS = 8
 # an operator of at most this smaller side, and of as many entries, is written out instead
@@ -119,7 +123,12 @@ def conv_norm(
         ends = zip(sizes or (), operator.pads, spans, strides)
         whole = all(-(-before // s) * s - before + k <= n for n, (before, _), k, s in ends)
     elif problem.grid is None:
-        low, high, method = _all_sizes(problem, rtol)
+        low, high, _ = _all_sizes(Symbol(problem.kernel), rtol, _CELL_WORK)
+        method = "frequency cells"
+        if padding_mode == "circular" and max(strides) > 1:
+            strided = torus_problem(kernel, stride=strides, dilation=dilations, groups=groups)
+            low, _, _ = _all_sizes(Symbol(strided.kernel), rtol, _CELL_WORK)
+            reason = "circular padding on sizes that the stride does not divide is bounded without the stride"
     else:
         low, high, method, wave = _one_size(problem, rtol)
     high = up(high * copies)
@@ -128,8 +137,9 @@ def conv_norm(
     if sizes is not None and not whole:
         # the torus only contains the operator, so the lower end is that of the operator itself
         enough = (1 - rtol) * high
-        start = None if wave is None or max(*strides, *dilations, groups) > 1 else wave.on_image(sizes)
-        low = stretch_lower_bound(kernel, sizes, operator, problem.copies, enough, _OPERATOR_STEPS, start)
+        part, operator = part_of_large_image(kernel, sizes, operator)
+        start = None if wave is None or max(*strides, *dilations, groups) > 1 else wave.on_image(part)
+        low = stretch_lower_bound(kernel, part, operator, problem.copies, enough, _OPERATOR_STEPS, start)
         reason = f"at this size, {padding_mode} padding is only bounded through an operator that contains it"
     return interval(down(low), high, exponent, method, rtol, reason)
 
@@ -146,12 +156,7 @@ def _is_small(kernel: Tensor, sizes: tuple[int, ...], operator: ConvArguments) -
 def _explicit(
     kernel: Tensor, sizes: tuple[int, ...], operator: ConvArguments, copies: int, rtol: float
 ) -> tuple[float, float, str]:
-    """The operator as a matrix, made by convolving the unit images of one group's channels in all groups at once."""
-    channels, groups = kernel.shape[1], operator.groups
-    count = channels * math.prod(sizes)
-    images = torch.eye(count, dtype=torch.float64, device="cpu").reshape(count, channels, *sizes)
-    columns = convolve(images.repeat(1, groups, *[1] * len(sizes)), kernel, operator)
-    norms = dense_norms(list(columns.reshape(count, groups, -1).movedim(1, 0)), rtol)
+    norms = dense_norms(list(operator_matrix(kernel, sizes, operator)), rtol)
     # entries are weights, or sums of some where several taps read one pixel
     gain = torch.linalg.vector_norm(kernel, dim=(0, 1)).sum().item() * math.sqrt(copies)
     error = up(gamma(2 * kernel[0].numel() + 16) * gain)
@@ -163,6 +168,7 @@ def _one_size(problem: TorusProblem, rtol: float) -> tuple[float, float, str, Pl
     assert problem.grid is not None
     found = EigenvalueIntervals(1, eigenvalue_tolerance(rtol, symbol.side, complex_entries=True))
     twist, wave = (0,) * len(problem.grid), None
+    doubled = tuple(2 * n for n in problem.grid)
     if symbol.side > 1:
         peak, vector = _peak(symbol)
         wave = PlaneWave(peak, symbol.input_vector(peak, vector))
@@ -170,8 +176,14 @@ def _one_size(problem: TorusProblem, rtol: float) -> tuple[float, float, str, Pl
             # frequencies as far from the peak as can be
             turns = [x * n % 1.0 for x, n in zip(peak, problem.grid)]
             twist = tuple(int(min(turn, 1 - turn) < 0.25) for turn in turns)
-        nearest = nearest_frequency(peak, problem.grid, twist)
-        _raise(found, symbol, nearest, tuple(2 * n for n in problem.grid))
+        _raise(found, symbol, nearest_frequency(peak, problem.grid, twist), doubled)
+    count = math.prod(problem.grid) // 2
+    if count > _MANY_FREQUENCIES:
+        # the norm on the infinite grid is hardly above that of a large torus
+        low, high, peak = _all_sizes(symbol, rtol / 2, min(_CELL_WORK, count * _work(symbol)))
+        if high - low <= rtol * high or count > _MOST_FREQUENCIES:
+            vector = _raise(found, symbol, nearest_frequency(peak, problem.grid, twist), doubled)
+            return _ends(found, symbol)[0], high, "frequency cells", PlaneWave(peak, symbol.input_vector(peak, vector))
     numbers, denominators = grid_frequencies(problem.grid, twist)
     for chunk in _chunks(symbol, numbers):
         grams = symbol.grams(chunk, denominators).flatten(0, 1)
@@ -185,14 +197,22 @@ def _one_size(problem: TorusProblem, rtol: float) -> tuple[float, float, str, Pl
     return low, high, "torus cholesky" if not any(twist) else "twisted torus cholesky", wave
 
 
-def _all_sizes(problem: TorusProblem, rtol: float) -> tuple[float, float, str]:
-    symbol = Symbol(problem.kernel)
+def _work(symbol: Symbol) -> float:
+    """Multiplications that one frequency takes: phases, Gram matrices, factorisations."""
+    count = 2 * len(symbol.lags) + 1
+    return 40 * count + symbol.groups * (2 * count * symbol.side**2 + 4 / 3 * symbol.side**3)
+
+
+def _all_sizes(symbol: Symbol, rtol: float, most_work: float) -> tuple[float, float, tuple[float, ...]]:
+    """Ends of the norm on the infinite grid, and a frequency, in turns, near which it is reached."""
     types = [(taps - 1) / 2 for taps in symbol.taps]
     size = 2 ** math.ceil(math.log2(5 * max(1.0, sum(types))))
     found = EigenvalueIntervals(1, eigenvalue_tolerance(rtol, symbol.side, complex_entries=True))
+    peak: tuple[float, ...] = (0.0,) * len(types)
     if symbol.side > 1:
         scale = 2 * _PEAK_GRID
-        nearest = nearest_frequency(_peak(symbol)[0], (scale,) * len(types), (0,) * len(types))
+        peak = _peak(symbol)[0]
+        nearest = nearest_frequency(peak, (scale,) * len(types), (0,) * len(types))
         _raise(found, symbol, nearest, (2 * scale,) * len(types))
     cells = cell_centres(size, len(types))
     work = 0.0
@@ -201,22 +221,29 @@ def _all_sizes(problem: TorusProblem, rtol: float) -> tuple[float, float, str]:
         denominators = (2 * size,) * len(types)
         # frequencies are 2 pi odd / (2 size): half a cell is pi / size wide
         decay = math.cos(min(math.pi / 2, sum(types) * math.pi / size))
-        work += cells.shape[0] * symbol.groups * 4 / 3 * symbol.side**3
-        last = decay >= 1 - 0.02 * rtol or work > _CELL_WORK
+        work += cells.shape[0] * _work(symbol)
+        last = decay >= 1 - 0.02 * rtol or work > most_work or cells.shape[0] * 2 ** len(types) > _MOST_CELLS
         remaining = []
         for chunk in _chunks(symbol, cells):
-            grams = symbol.grams(chunk, denominators)
-            flat = grams.flatten(0, 1)
+            flat = symbol.grams(chunk, denominators).flatten(0, 1)
             owner = torch.zeros(flat.shape[0], dtype=torch.int64, device="cpu")
+            before, some, bounds = found.lower.item(), torch.zeros(0, dtype=torch.int64, device="cpu"), owner.double()
+            if symbol.side == 1:
+                # each block is its own norm
+                some, bounds = torch.arange(len(flat), device="cpu"), flat[:, 0, 0].real.clamp_min(0.0)
+                found.raise_lower(bounds, owner)
             if last:
                 found.include(flat, owner)
                 continue
             failed = found.fails(flat, found.shift[owner] * (decay**2 * (1 - 1e-12)))
-            if failed.numel():
+            if failed.numel() and symbol.side > 1:
                 # what the failing cells reach may raise the lower end
                 some = failed[:: max(1, failed.numel() // 8)]
-                vectors = top_eigenvectors(flat[some], _PEAK_STEPS)
-                found.raise_lower(rayleigh_lower_bounds(flat[some], vectors), owner[some])
+                bounds = rayleigh_lower_bounds(flat[some], top_eigenvectors(flat[some], _PEAK_STEPS))
+                found.raise_lower(bounds, owner[some])
+            if found.lower.item() > before:
+                place = chunk[some[bounds.argmax()] % len(chunk)]
+                peak = tuple(x / (2 * size) for x in place.tolist())
             open_cells = torch.zeros(chunk.shape[0], dtype=torch.bool, device="cpu")
             open_cells[failed % chunk.shape[0]] = True
             remaining.append(chunk[open_cells])
@@ -226,7 +253,7 @@ def _all_sizes(problem: TorusProblem, rtol: float) -> tuple[float, float, str]:
         cells = subdivide(torch.cat(remaining))
         size *= 2
     low, upper = _ends(found, symbol)
-    return low, max(up(high), up(upper)), "frequency cells"
+    return low, max(up(high), up(upper)), peak
 
 
 def _ends(found: EigenvalueIntervals, symbol: Symbol) -> tuple[float, float]:
@@ -236,14 +263,16 @@ def _ends(found: EigenvalueIntervals, symbol: Symbol) -> tuple[float, float]:
 
 
 def _chunks(symbol: Symbol, numbers: Tensor) -> Sequence[Tensor]:
-    return numbers.split(max(1, _CHUNK_ENTRIES // (symbol.groups * symbol.side**2)))
+    return numbers.split(max(1, _CHUNK_ENTRIES // (symbol.groups * symbol.side**2 + 2 * len(symbol.lags))))
 
 
-def _raise(found: EigenvalueIntervals, symbol: Symbol, numbers: Tensor, denominators: tuple[int, ...]) -> None:
+def _raise(found: EigenvalueIntervals, symbol: Symbol, numbers: Tensor, denominators: tuple[int, ...]) -> Tensor:
+    """Raise the lower end by the blocks of one frequency (1, d); returns the vector of the largest."""
     grams = symbol.grams(numbers, denominators).flatten(0, 1)
     vectors = top_eigenvectors(grams, 2 * _PEAK_STEPS)
-    owner = torch.zeros(grams.shape[0], dtype=torch.int64, device="cpu")
-    found.raise_lower(rayleigh_lower_bounds(grams, vectors), owner)
+    bounds = rayleigh_lower_bounds(grams, vectors)
+    found.raise_lower(bounds, torch.zeros(grams.shape[0], dtype=torch.int64, device="cpu"))
+    return vectors[bounds.argmax()]
 
 
 def _peak(symbol: Symbol) -> tuple[tuple[float, ...], Tensor]:
@@ -265,4 +294,4 @@ def _peak(symbol: Symbol) -> tuple[tuple[float, ...], Tensor]:
 def _top_of_form(symbol: Symbol, vector: Tensor, group: int) -> tuple[float, tuple[int, ...]]:
     form = symbol.quadratic_form(vector, group, _PEAK_GRID)
     top = int(form.argmax())
-    return form.flatten()[top].item(), tuple(int(x) for x in torch.unravel_index(torch.tensor(top), form.shape))
+    return form.flatten()[top].item(), tuple(int(x) for x in torch.unravel_index(form.argmax(), form.shape))

@@ -65,7 +65,9 @@ def rayleigh_lower_bounds(matrices: Tensor, vectors: Tensor) -> Tensor:
     quotient = (vectors.conj() * image).sum(dim=-1).real / squares
     # |v|^T |A| |v| <= |A|_F |v|^2
     slack = gamma(8 * (side + 8)) * torch.linalg.matrix_norm(matrices)
-    return torch.where(squares > 0, quotient - slack, torch.zeros_like(quotient)).clamp_min(0.0)
+    # far from length 1, or NaN, squares may have lost their digits
+    usable = (squares - 1).abs() < 0.5
+    return torch.where(usable, quotient - slack, torch.zeros_like(quotient)).clamp_min(0.0)
 
 
 class EigenvalueIntervals:
@@ -97,9 +99,12 @@ class EigenvalueIntervals:
         """
         side = matrices.shape[-1]
         self.witness = None
-        self._side, self._complex = max(side, self._side), self._complex or matrices.is_complex()
+        if side == 1:
+            # its own eigenvalue
+            self.raise_lower(matrices[:, 0, 0].real.clamp_min(0.0), owner)
         pending = self.fails(matrices, self.shift[owner])
         steps = _FIRST_STEPS
+        widening = max(self.tolerance, 1e-12)
         while pending.numel():
             chosen = torch.cat([self._spread(pending[owner[pending] == stack]) for stack in owner[pending].unique()])
             vectors = top_eigenvectors(matrices[chosen], steps if steps < min(side, _MOST_STEPS) else side)
@@ -114,13 +119,15 @@ class EigenvalueIntervals:
                 if steps >= min(side, _MOST_STEPS):
                     # the eigenvalue is reached and rounding still breaks the factorisation: widen the interval
                     widened = owner[chosen[stuck]].unique()
-                    self.shift[widened] *= 1 + max(self.tolerance, 1e-12)
+                    self.shift[widened] *= 1 + widening
+                    widening *= 2
                 steps *= 2
             pending = pending[self.fails(matrices[pending], self.shift[owner[pending]])]
 
-    @staticmethod
-    def fails(matrices: Tensor, shifts: Tensor) -> Tensor:
+    def fails(self, matrices: Tensor, shifts: Tensor) -> Tensor:
         """Indices of the matrices (N, c, c) for which shift * I - A fails a Cholesky factorisation."""
+        # the proof of those that pass needs the largest side
+        self._side, self._complex = max(matrices.shape[-1], self._side), self._complex or matrices.is_complex()
         shifted = -matrices
         shifted.diagonal(dim1=-2, dim2=-1).add_(shifts[:, None])
         return not_positive_definite(shifted).nonzero()[:, 0]
@@ -129,7 +136,7 @@ class EigenvalueIntervals:
     def _spread(indices: Tensor) -> Tensor:
         if indices.numel() <= _CANDIDATES:
             return indices
-        return indices[torch.linspace(0, indices.numel() - 1, _CANDIDATES, dtype=torch.float64).round().long()]
+        return indices[torch.arange(_CANDIDATES, device="cpu") * (indices.numel() - 1) // (_CANDIDATES - 1)]
 
     def proved_upper(self) -> Tensor:
         """Upper bounds (num_stacks,) of the largest eigenvalues of all matrices included."""

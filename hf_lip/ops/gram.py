@@ -127,12 +127,16 @@ def gram_interval(weight: Tensor, rtol: float = 1e-3, max_iterations: int = 24) 
     Raises:
         TypeError, ValueError: as `gram_iteration`; rtol or max_iterations out of range.
     """
+    if not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ValueError(f"max_iterations must be an int of at least 1, but got {max_iterations!r}.")
     _check(weight, max_iterations)
     if not 0.0 < rtol < 1.0:
         raise ValueError(f"rtol must be in (0, 1), but got {rtol!r}.")
     weight = _as_tall(weight.detach()).flatten(0, -3) if weight.ndim > 2 else _as_tall(weight.detach())[None]
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         top = _nonzero(weight.abs().amax())
+        if not torch.isfinite(top):
+            raise ValueError("weight has entries that are not finite, no bound exists.")
         iterate = weight / top
         norm = _frobenius(iterate)
         scale = top * norm[:, 0, 0]

@@ -101,8 +101,8 @@ def gram_of_smaller_side(weight: Tensor) -> tuple[Tensor, int, int]:
     if columns <= 2 * step:
         matrix, exponent = scaled(exact_double(weight))
         return _gram(matrix), exponent, columns
-    top = max(float(exact_double(part).abs().amax()) for part in weight.split(step, dim=1))
-    _, exponent = scaled(torch.tensor([top], dtype=torch.float64, device="cpu"))
+    tops = [exact_double(part).abs().amax() for part in weight.split(step, dim=1)]
+    _, exponent = scaled(torch.stack(tops))
     gram = torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
     for part in weight.split(step, dim=1):
         gram += _gram(exact_double(part) * math.ldexp(1.0, -exponent))
@@ -174,6 +174,8 @@ def low_rank_norm(left: Tensor, right: Tensor, rtol: float = 1e-3) -> SpectralNo
         raise ValueError(f"left {tuple(left.shape)} and right {tuple(right.shape)} cannot be multiplied.")
     tall, left_exponent = scaled(exact_double(left))
     wide, right_exponent = scaled(exact_double(right))
+    if not (tall.any() and wide.any()):
+        return SpectralNorm(0.0, 0.0, "zero factor")
     rank = left.shape[1]
     _, triangle = torch.linalg.qr(tall)
     core = triangle @ wide

@@ -8,6 +8,8 @@ from torch import Tensor
 
 
 UNIT_ROUNDOFF = 2.0**-53
+# the smallest positive number; compares equal to 0 where the processor flushes subnormal numbers
+_SMALLEST = 2.0**-1074
 # absolute error of one phase exp(i angle), |angle| <= pi: the angle is off by 3 u pi, sine and cosine by 4 u each
 PHASE_ERROR = 32 * UNIT_ROUNDOFF
 
@@ -28,15 +30,32 @@ def down(value: float) -> float:
 
 
 def exact_double(weight: Tensor) -> Tensor:
-    """The same real numbers in float64 on the cpu; raises TypeError where the stored values are no plain floats."""
+    """The same real numbers in float64 on the cpu.
+
+    Raises:
+        TypeError: the stored values are no plain floats.
+        RuntimeError: the processor has been told to take subnormal numbers for zeros.
+    """
+    check_plain_floats(weight)
+    if _SMALLEST == 0.0:
+        raise RuntimeError(
+            "Subnormal numbers are taken for zeros here, so that nothing can be proved. "
+            "Call torch.set_flush_denormal(False) first."
+        )
+    return weight.detach().to(device="cpu", dtype=torch.float64)
+
+
+def check_plain_floats(weight: Tensor) -> None:
+    """Raise TypeError unless the tensor stores real floating point numbers of 16 bits or more, one by one."""
     if weight.is_meta:
         raise TypeError("weight is on the meta device and has no values: load it first.")
+    if weight.layout != torch.strided:
+        raise TypeError(f"weight must be a dense tensor, but its layout is {weight.layout}: call to_dense() first.")
     if weight.is_quantized or not weight.is_floating_point() or weight.dtype.itemsize == 1:
         raise TypeError(
             f"weight must be a real floating point tensor of 16 bits or more, but its dtype is {weight.dtype}. "
             "Dequantise it first."
         )
-    return weight.detach().to(device="cpu", dtype=torch.float64)
 
 
 def scaled(weight: Tensor) -> tuple[Tensor, int]:

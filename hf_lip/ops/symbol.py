@@ -46,7 +46,8 @@ def _one_of_each_pair(numbers: Tensor, denominators: tuple[int, ...]) -> Tensor:
 
 def nearest_frequency(point: tuple[float, ...], grid: tuple[int, ...], twist: tuple[int, ...]) -> Tensor:
     """The frequency (1, d), as in `grid_frequencies`, that lies nearest to a point given in turns."""
-    return torch.tensor([[(2 * round(x * n - t / 2) + t) % (2 * n) for x, n, t in zip(point, grid, twist)]])
+    numbers = [(2 * round(x * n - t / 2) + t) % (2 * n) for x, n, t in zip(point, grid, twist)]
+    return torch.tensor([numbers], device="cpu")
 
 
 class Symbol:
