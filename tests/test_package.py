@@ -19,7 +19,7 @@ LEVELS = [
     ("layers",),
     ("models",),
     ("spectral",),
-    ("smoothing", "checkpoints", "metrics", "data", "training", "plots", "audit"),
+    ("smoothing", "checkpoints", "metrics", "tracking_metrics", "data", "training", "plots", "audit"),
     ("pipelines",),
     ("assets", "registration", "cli", ""),
 ]
