@@ -18,8 +18,8 @@ from torch import Tensor
 
 # below this side torch's batched factorisation beats single calls
 _BATCHED_SIDE = 24
-# from this side on, LAPACK's own threads are the better ones
-_THREADED_SIDE = 768
+# from this side on LAPACK's own threads pay, which below it lose more to torch's idling threads than they gain
+_THREADED_SIDE = 3072
 
 
 @cache
@@ -70,8 +70,11 @@ def not_positive_definite(matrices: Tensor) -> Tensor:
     if not matrices.is_contiguous():
         raise ValueError("matrices must be contiguous.")
     workers = min(torch.get_num_threads(), count)
-    if side >= _THREADED_SIDE or workers == 1:
+    if side >= _THREADED_SIDE:
         failed = _factorise(matrices)
+    elif workers == 1:
+        with _libraries().limit(limits=1):
+            failed = _factorise(matrices)
     else:
         with _libraries().limit(limits=1), ThreadPoolExecutor(workers) as pool:
             parts = pool.map(_factorise, matrices.tensor_split(workers))

@@ -125,6 +125,7 @@ def _normal_map(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> Tensor:
     return _pad_adjoint(image, sizes, pads, mode)
 
 
+@torch.autocast("cpu", enabled=False)
 def stretch_lower_bound(
     kernel: Tensor,
     input_size: tuple[int, ...],

@@ -103,7 +103,8 @@ class EigenvalueIntervals:
             # its own eigenvalue
             self.raise_lower(matrices[:, 0, 0].real.clamp_min(0.0), owner)
         pending = self.fails(matrices, self.shift[owner])
-        steps = _FIRST_STEPS
+        # one of a few matrices is soon the one that counts
+        steps = _FIRST_STEPS if len(matrices) > _CANDIDATES else 3 * _FIRST_STEPS
         widening = max(self.tolerance, 1e-12)
         while pending.numel():
             chosen = torch.cat([self._spread(pending[owner[pending] == stack]) for stack in owner[pending].unique()])

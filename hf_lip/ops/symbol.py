@@ -19,6 +19,10 @@ from torch import Tensor
 from .rounding import PHASE_ERROR, gamma
 
 
+# entries of a tap up to which the products of all taps are taken at once
+_SMALL_TAP = 2**14
+
+
 def grid_frequencies(grid: tuple[int, ...], twist: tuple[int, ...] | None = None) -> tuple[Tensor, tuple[int, ...]]:
     """Frequencies of a torus, one of each pair that a real kernel makes conjugate.
 
@@ -73,12 +77,12 @@ class Symbol:
         lags = [lag for lag in itertools.product(*(range(1 - t, t) for t in self.taps)) if lag > (0,) * len(lag)]
         self.lags = torch.tensor(lags, device="cpu").reshape(len(lags), len(self.taps))
         # what the cosines (the mean first) and the sines are multiplied by: real and imaginary parts interleaved
-        self._basis = kernel.new_zeros(self.groups, 2 * len(lags) + 1, self.side, self.side, 2)
-        self._basis[:, 0, ..., 0] = self._correlation((0,) * len(self.taps))
+        self._basis = kernel.new_zeros(2 * len(lags) + 1, self.groups, self.side, self.side, 2)
+        self._basis[0, ..., 0] = self._correlation((0,) * len(self.taps))
         for index, lag in enumerate(lags, start=1):
             correlation = self._correlation(lag)
-            torch.add(correlation, correlation.mT, out=self._basis[:, index, ..., 0])
-            torch.sub(correlation, correlation.mT, out=self._basis[:, len(lags) + index, ..., 1])
+            torch.add(correlation, correlation.mT, out=self._basis[index, ..., 0])
+            torch.sub(correlation, correlation.mT, out=self._basis[len(lags) + index, ..., 1])
         tap_norms = torch.linalg.vector_norm(kernel, dim=(1, 2)).flatten(1).sum(dim=1).max().item()
         count = self.columns * math.prod(self.taps) + 4 * len(lags) + 64
         self.error = 2 * (gamma(count) + (PHASE_ERROR if lags else 0.0)) * tap_norms**2
@@ -87,6 +91,12 @@ class Symbol:
 
     def _correlation(self, lag: tuple[int, ...]) -> Tensor:
         """R_lag (groups, side, side)."""
+        if self.groups * self.side * self.columns <= _SMALL_TAP:
+            taps = self._tap_matrices.unflatten(0, self.taps)
+            ahead = taps[tuple(slice(max(0, step), t + min(0, step)) for step, t in zip(lag, self.taps))]
+            behind = taps[tuple(slice(max(0, -step), t - max(0, step)) for step, t in zip(lag, self.taps))]
+            last = len(lag) - 1
+            return torch.einsum("pgij,pgkj->gik", ahead.flatten(0, last), behind.flatten(0, last))
         total = self._tap_matrices.new_zeros(self.groups, self.side, self.side)
         for tap in itertools.product(*(range(max(0, -step), t - max(0, step)) for step, t in zip(lag, self.taps))):
             ahead = self._tap_matrices[self._tap_index(tuple(x + step for x, step in zip(tap, lag)))]
@@ -106,10 +116,10 @@ class Symbol:
         """
         count = numbers.shape[0]
         if self.lags.shape[0] == 0:
-            return self._basis[..., 0].expand(-1, count, -1, -1).contiguous()
+            return self._basis[..., 0].expand(count, -1, -1, -1).transpose(0, 1).contiguous()
         coefficients = torch.cat(self.phases(numbers, denominators), dim=1)
-        blocks = (coefficients @ self._basis.flatten(2)).reshape(self.groups, count, self.side, self.side, 2)
-        return torch.view_as_complex(blocks)
+        blocks = (coefficients @ self._basis.flatten(1)).reshape(count, self.groups, self.side, self.side, 2)
+        return torch.view_as_complex(blocks).transpose(0, 1).contiguous()
 
     def input_vector(self, turns: tuple[float, ...], vector: Tensor) -> Tensor:
         """The channel vector, on the input side of the kernel, that belongs to a vector of the smaller side."""
@@ -137,10 +147,10 @@ class Symbol:
         """v* D D* v on a grid of frequencies (resolution, ...), for one fixed vector (side,)."""
         outer = torch.outer(vector.conj(), vector).flatten()
         # symmetric matrices see the real part of it only, antisymmetric ones the imaginary part
-        form = self._basis[group, : len(self.lags) + 1, ..., 0].flatten(1) @ outer.real
+        form = self._basis[: len(self.lags) + 1, group, ..., 0].flatten(1) @ outer.real
         turned = torch.zeros_like(form[1:])
         if outer.is_complex():
-            turned = -(self._basis[group, len(self.lags) + 1 :, ..., 1].flatten(1) @ outer.imag)
+            turned = -(self._basis[len(self.lags) + 1 :, group, ..., 1].flatten(1) @ outer.imag)
         coefficients = torch.zeros((resolution,) * len(self.taps), dtype=torch.complex128, device="cpu")
         coefficients[(0,) * len(self.taps)] = form[0]
         for lag, cosine, sine in zip(self.lags.tolist(), form[1:], turned):

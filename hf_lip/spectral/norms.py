@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One entry for the spectral norm of any layer or weight, as an interval."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +14,7 @@ from ..ops.conv_interval import conv_norm
 from ..ops.geometry import Padding, Size, as_pads, as_tuple, torus_problem
 from ..ops.gram import gram_interval
 from ..ops.interval import SpectralNorm, dense_norms, low_rank_norm
-from ..ops.rounding import down, exact_double, up
+from ..ops.rounding import check_plain_floats, down, exact_double, up
 
 
 Item = nn.Module | Tensor | tuple[Tensor, Tensor]
@@ -88,6 +89,7 @@ def spectral_norm(
             f"layer_or_weight must be a layer, a tensor or a pair of tensors, got {type(layer_or_weight)}."
         )
     weight = layer_or_weight
+    check_plain_floats(weight)
     if weight.ndim == 2:
         if not certified:
             return _gram_norm(weight[None], 1, rtol)
@@ -245,17 +247,22 @@ def _normalisation_norm(layer: nn.Module) -> SpectralNorm:
         top = (weight.abs() / (variance + layer.eps).sqrt()).max().item()
         _check_finite(top)
         return SpectralNorm(down(top), up(top) if weight.any() else 0.0, "formula")
-    eps = getattr(layer, "eps", None) or getattr(layer, "variance_epsilon", None)
-    is_norm = isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or type(layer).__name__.endswith("RMSNorm")
-    if not is_norm:
+    name = type(layer).__name__
+    # a class that has a forward of its own may do anything with its weight
+    known = getattr(type(layer), "forward", None) in (nn.LayerNorm.forward, nn.GroupNorm.forward, nn.RMSNorm.forward)
+    if not known and not name.endswith("RMSNorm"):
         raise TypeError(
-            f"{type(layer).__name__} has no spectral norm here: give a linear layer, convolution, embedding or "
-            "normalisation layer, or a weight tensor."
+            f"{name} has no spectral norm here: give a linear layer, convolution, embedding or normalisation layer, "
+            "or a weight tensor."
         )
+    eps = getattr(layer, "eps", None) or getattr(layer, "variance_epsilon", None)
     if eps is None:
-        raise ValueError(f"{type(layer).__name__} with eps = 0 has no global Lipschitz constant.")
+        raise ValueError(f"{name} without eps, or with eps = 0, has no global Lipschitz constant: give it an eps.")
     weight_or_none = getattr(layer, "weight", None)
-    top = 1.0 if weight_or_none is None else exact_double(weight_or_none).abs().max().item()
+    top = 1.0
+    if weight_or_none is not None:
+        scales = exact_double(weight_or_none) + (0.0 if known else _weight_offset(layer, eps))
+        top = scales.abs().max().item()
     _check_finite(top)
     constant = top / math.sqrt(eps)
     # the slope at 0, across the mean that layer and group normalisation subtract
@@ -265,9 +272,24 @@ def _normalisation_norm(layer: nn.Module) -> SpectralNorm:
     elif isinstance(layer, nn.GroupNorm):
         count = layer.num_channels // layer.num_groups
     lower = constant * math.sqrt(1 - 1 / count)
-    return SpectralNorm(
-        down(lower), up(constant), "formula", True, None if lower == constant else "centring removes one direction"
-    )
+    reason = None if lower == constant else "centring removes one direction"
+    return SpectralNorm(down(lower), up(constant) if constant else 0.0, "formula", reason=reason)
+
+
+def _weight_offset(layer: nn.Module, eps: float) -> float:
+    """What a class of root-mean-square normalisation adds to its weight, 0 or 1: seen from one small vector."""
+    probe: Any = copy.deepcopy(layer).to(device="cpu", dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    weight, vector = torch.rand(2, probe.weight.numel(), generator=generator, dtype=torch.float64, device="cpu")
+    vector = vector * math.sqrt(eps)
+    root = vector / (vector.square().mean() + eps).sqrt()
+    with torch.no_grad():
+        probe.weight.copy_(weight)
+        output = probe(vector[None])[0]
+    for offset in (0.0, 1.0):
+        if torch.allclose(output, root * (weight + offset), rtol=1e-4, atol=1e-5):
+            return offset
+    raise TypeError(f"{type(layer).__name__} is no root-mean-square normalisation that is known here.")
 
 
 def _check_finite(value: float) -> None:
