@@ -28,6 +28,7 @@ _PUBLIC = {
     "average_certified_radius": "metrics",
     "SpectralNorm": "ops.interval",
     "global_lipschitz_bound": "checkpoints.composition",
+    "rescale_checkpoint": "checkpoints.rescale",
     "spectral_norm": "spectral.norms",
     "spectral_norms": "spectral.norms",
     "spectrum": "checkpoints.spectrum",

@@ -32,7 +32,7 @@ _CHUNK_ENTRIES = 2**21
 # points a dimension of the grid on which a quadratic form is maximised, and Lanczos steps spent around it
 _PEAK_GRID, _PEAK_STEPS = 64, 10
 # work of a branch and bound, in multiplications of its factorisations, before the remaining cells are closed wider
-_CELL_WORK = 2e11
+_CELL_WORK = 6e10
 # and cells held at once
 _MOST_CELLS = 2**22
 # frequencies of a torus from which on the branch and bound is tried first, and from which on it has to do
@@ -106,7 +106,7 @@ def conv_norm(
     if not kernel.any():
         return SpectralNorm(0.0, 0.0, "zero kernel")
     copies = up(math.sqrt(problem.copies))
-    reason = "the branch and bound ran out of its work limit"
+    reason = None
     operator = ConvArguments(
         as_pads(padding, spans, circular=padding_mode == "circular"), padding_mode, strides, dilations, groups
     )
@@ -131,6 +131,8 @@ def conv_norm(
             reason = "circular padding on sizes that the stride does not divide is bounded without the stride"
     else:
         low, high, method, wave = _one_size(problem, rtol)
+    if method == "frequency cells" and reason is None:
+        reason = "the branch and bound ran out of its work limit"
     high = up(high * copies)
     if input_size is None and problem.copies > 1:
         reason = f"{padding_mode} padding reads a pixel {problem.copies} times at most, which may not stretch as much"

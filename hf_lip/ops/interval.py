@@ -65,7 +65,7 @@ def interval(
     result = SpectralNorm(min(low, high), high, method)
     if result.relative_width <= max(rtol, 1e-7):
         return result
-    reason = reason or "the weights are so small or so large that float64 rounds them"
+    reason = reason or "float64 rounds too much: the weights cancel, or lie near its smallest or largest numbers"
     return SpectralNorm(result.lower, result.upper, method, True, reason)
 
 
