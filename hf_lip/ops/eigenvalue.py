@@ -65,8 +65,8 @@ def rayleigh_lower_bounds(matrices: Tensor, vectors: Tensor) -> Tensor:
     quotient = (vectors.conj() * image).sum(dim=-1).real / squares
     # |v|^T |A| |v| <= |A|_F |v|^2
     slack = gamma(8 * (side + 8)) * torch.linalg.matrix_norm(matrices)
-    # far from length 1, or NaN, squares may have lost their digits
-    usable = (squares - 1).abs() < 0.5
+    # beyond these, or NaN, squares may have lost their digits
+    usable = (squares > 2.0**-300) & (squares < 2.0**300)
     return torch.where(usable, quotient - slack, torch.zeros_like(quotient)).clamp_min(0.0)
 
 

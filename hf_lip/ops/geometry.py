@@ -219,7 +219,8 @@ def _padding_copies(mode: str, pads: Sequence[tuple[int, int]], sizes: Sequence[
             if n is not None and max(before, after) >= n:
                 raise ValueError(f"reflect padding {pads} needs more than {max(before, after)} pixels, but got {n}.")
             # the left and the right reflection share a pixel only if they overlap
-            apart = before == 0 or after == 0 or (n is not None and before < n - 1 - after)
+            both = before > 0 and after > 0
+            apart = not both or (n is not None and min(before, n - 2) < max(1, n - 1 - after))
             copies *= 2 if apart else 3
     return copies
 

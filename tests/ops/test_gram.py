@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from hf_lip.ops import exact_spectral_norm, gram_iteration
+from hf_lip.ops import conv_spectral_norm, exact_spectral_norm, gram_iteration
+from hf_lip.ops.gram import gram_interval
 
 
 def random_matrix(index: int) -> torch.Tensor:
@@ -167,6 +168,25 @@ def test_saved_memory_does_not_depend_on_the_iterations(shape):
     assert counts == [weight.numel() + 1] * 3
 
 
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_saved_memory_of_a_convolution_does_not_depend_on_the_iterations(mode):
+    weight = torch.randn(8, 6, 3, 3, requires_grad=True)
+
+    def saved_entries(n: int) -> int:
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            conv_spectral_norm(weight, 8, padding_mode=mode, num_iterations=n)
+        return count
+
+    assert len({saved_entries(n) for n in (1, 6, 15)}) == 1
+
+
 @pytest.mark.parametrize("shape", [(2, 20000), (20000, 2)])
 def test_the_smaller_side_is_iterated(shape):
     # the larger gram matrix would take 1.6 GB a copy
@@ -203,3 +223,84 @@ def test_wrong_arguments_are_errors():
         gram_iteration(torch.eye(2), -1)
     with pytest.raises(TypeError, match="weight"):
         gram_iteration(torch.eye(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rtol", [0.3, 1e-3, 1e-9])
+def test_interval_holds_the_norm_whenever_it_stops(rtol):
+    for index in range(200):
+        weight = random_matrix(index)
+        exact = exact_spectral_norm(weight)
+        for most in (1, 2, 5, 24):
+            lower, upper, products = gram_interval(weight, rtol, most)
+            assert lower.item() <= exact * (1 + 1e-12)
+            assert upper.item() >= exact * (1 - 1e-12)
+            assert 1 <= products <= most
+            assert upper - lower <= rtol * upper or products == most
+
+
+def test_interval_of_a_gaussian_matrix_is_narrow_after_nine_products():
+    # the threshold presupposes a top gap; the seed of the tests gives one
+    for shape in ((500, 400), (300, 300), (64, 900)):
+        lower, upper, products = gram_interval(torch.randn(shape, dtype=torch.float64), 1e-3)
+        assert products <= 9
+        assert 0 <= (upper - lower).item() <= 1e-3 * upper.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_trace_based_ends_are_exact_on_orthogonal_matrices_at_once(dtype):
+    weight = torch.linalg.qr(torch.randn(512, 512, dtype=dtype))[0]
+    lower, upper, products = gram_interval(weight, 1e-6)
+    assert products == 1
+    assert upper.item() == pytest.approx(1, abs=1e-6)
+    assert lower.item() == pytest.approx(1, abs=1e-6)
+    # plain iteration is 5 % off after six
+    assert gram_iteration(weight, 6).item() > 1.04
+
+
+def test_interval_of_a_batch_is_that_of_its_largest_matrix():
+    batch = torch.randn(2, 30, 12, 9, dtype=torch.complex128) * torch.rand(2, 30, 1, 1)
+    batch[0, 3] = 0
+    exact = torch.linalg.svdvals(batch).amax().item()
+    lower, upper, _ = gram_interval(batch, 1e-9)
+    assert lower.item() <= exact * (1 + 1e-12)
+    assert exact * (1 - 1e-12) <= upper.item() <= exact * (1 + 1e-8)
+    # dropping the hopeless ones along the way changes nothing
+    single = max(gram_interval(matrix, 1e-9)[1].item() for matrix in batch.flatten(0, 1))
+    assert upper.item() == pytest.approx(single, rel=1e-8)
+
+
+@pytest.mark.parametrize("top", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+def test_interval_scales(top):
+    weight = torch.randn(20, 30)
+    reference = [end.item() for end in gram_interval(weight, 1e-4)[:2]]
+    found = [end.item() for end in gram_interval(weight * top, 1e-4)[:2]]
+    assert found == pytest.approx([end * top for end in reference], rel=1e-5)
+
+
+def test_interval_of_zero_and_of_half_precision():
+    assert [end.item() for end in gram_interval(torch.zeros(4, 3))[:2]] == [0.0, 0.0]
+    weight = torch.randn(30, 20, requires_grad=True)
+    lower, upper, _ = gram_interval(weight.bfloat16())
+    assert lower.dtype == upper.dtype == torch.float32
+    assert not upper.requires_grad
+    exact = exact_spectral_norm(weight.bfloat16())
+    assert lower.item() <= exact * (1 + 1e-5)
+    assert upper.item() >= exact * (1 - 1e-5)
+
+
+def test_wrong_arguments_of_the_interval_are_errors():
+    weight = torch.ones(3, 4)
+    cases = [
+        (lambda: gram_interval(torch.ones(3)), ValueError, "at least two dimensions"),
+        (lambda: gram_interval(torch.ones(3, 0)), ValueError, "non-empty"),
+        (lambda: gram_interval(weight.long()), TypeError, "floating point"),
+        (lambda: gram_interval(weight, 0.0), ValueError, "rtol"),
+        (lambda: gram_interval(weight, 1.0), ValueError, "rtol"),
+        (lambda: gram_interval(weight, 1e-3, 0), ValueError, "max_iterations"),
+        (lambda: gram_interval(weight, 1e-3, 2.0), ValueError, "max_iterations"),
+        (lambda: gram_interval(weight * math.nan), ValueError, "not finite"),
+        (lambda: gram_interval(weight * math.inf), ValueError, "not finite"),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message):
+            call()
