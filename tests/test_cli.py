@@ -84,7 +84,7 @@ def test_certify_with_the_deterministic_certificate(model_folder, tmp_path):
 
 
 def test_certify_by_smoothing(resnet_folder, tmp_path):
-    arguments = ("--sigma", "0.5", "--n0", "10", "--n", "100", "--limit", "4", "--seed", "3", "--device", "cpu")
+    arguments = ("--method", "mono", "--sigma", "0.5", "--n0", "10", "--n", "100", "--limit", "4", "--seed", "3")
     outputs = []
     for batch_size in (16, 100):
         out = tmp_path / str(batch_size)
@@ -98,7 +98,10 @@ def test_certify_by_smoothing(resnet_folder, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["method"] == "mono"
     assert summary["lipschitz_constant"] is None
-    assert summary["settings"] == {"method": "auto", "sigma": 0.5, "n0": 10, "n": 100, "alpha": 0.001, "seed": 3}
+    expected = {"method": "mono", "sigma": 0.5, "n0": 10, "n": 100, "alpha": 0.001, "seed": 3, "budget": "fixed"}
+    assert {name: summary["settings"][name] for name in expected} == expected
+    assert summary["images"] == [0, 1, 2, 3]
+    assert summary["samples_per_image"] == 100
     assert "seconds per image" in result.output
     assert "wrong with probability at most 0.001" in result.output
 
@@ -190,10 +193,10 @@ def test_missing_matplotlib_is_said_before_the_work(model_folder, tmp_path, monk
 
 
 def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):
-    def bug(*arguments):
+    def bug(*arguments, **options):
         raise AttributeError("bug")
 
-    monkeypatch.setattr("hf_lip.cli.certify_command._load_pipeline", bug)
+    monkeypatch.setattr("hf_lip.cli.certify_command.certify_images", bug)
     assert isinstance(run("certify", model_folder, "--out", tmp_path).exception, AttributeError)
 
 

@@ -37,11 +37,16 @@ def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     """Write a file so that a kill at any moment leaves either the old or the new content."""
     target = Path(path)
     staging = target.with_name(f".{target.name}.{os.getpid()}")
-    with open(staging, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, target)
+    try:
+        with open(staging, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, target)
+    except BaseException:
+        # a full disk must not keep half a file
+        staging.unlink(missing_ok=True)
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

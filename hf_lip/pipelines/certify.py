@@ -2,7 +2,7 @@
 """`pipeline("certify")`: class and certified l2 radius of images, for any image classification model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,50 +16,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
 from hf_lip.data.images import image_to_tensor
-from hf_lip.pipelines.transforms import image_of_input, pixel_transform
-from hf_lip.smoothing.certify import certify_mono, check_num_samples
-from hf_lip.smoothing.intervals import check_alpha
-from hf_lip.smoothing.radii import check_sigma
+from hf_lip.models.certificate import weights_sha256
+from hf_lip.ops.simplex import ScoreMap
+from hf_lip.pipelines.settings import RADIUS_UNIT, CertifySettings
+from hf_lip.pipelines.smoothing_runner import SmoothingRunner, has_certificate, make_base
+from hf_lip.pipelines.transforms import image_of_input
+from hf_lip.smoothing.certify import SmoothingResult
 
 
-METHODS = ("auto", "lipschitz", "mono")
-RADIUS_UNIT = "l2, pixels in [0, 1]"
-_DEFAULT_NOISE_BATCH = 256
+# 64 is best or close to it on CPUs, whose caches larger batches leave
+_NOISE_BATCH = {"cpu": 64}
+_NOISE_BATCH_ELSEWHERE = 512
 
-__all__ = ["METHODS", "RADIUS_UNIT", "CertifyPipeline", "CertifySettings"]
-
-
-@dataclass(frozen=True)
-class CertifySettings:
-    """Arguments of a call, validated. What they mean is said at [`CertifyPipeline.__call__`]."""
-
-    method: str = "auto"
-    sigma: float = 0.25
-    n0: int = 100
-    n: int = 10_000
-    alpha: float = 0.001
-    seed: int = 0
-    progress: bool | Callable[[int], None] = False
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"Unknown `method` {self.method!r}: choose one of {', '.join(METHODS)}.")
-        check_sigma(self.sigma)
-        check_alpha(self.alpha)
-        for name, least in (("n0", 1), ("n", 1), ("seed", 0)):
-            _check_integer(name, getattr(self, name), least)
-        if self.seed >= 2**64:
-            raise ValueError(f"`seed` must be below 2**64, got {self.seed}.")
-        check_num_samples(self.n, self.alpha)
-
-    @classmethod
-    def from_arguments(cls, arguments: dict[str, Any]) -> "CertifySettings":
-        """Settings from keyword arguments; an unknown one is a `TypeError`."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(arguments) - set(known))
-        if unknown:
-            raise TypeError(f"Unknown argument {unknown[0]!r} of pipeline('certify'): known are {', '.join(known)}.")
-        return cls(**arguments)
+__all__ = ["CertifyPipeline"]
 
 
 class CertifyPipeline(Pipeline):
@@ -71,7 +40,7 @@ class CertifyPipeline(Pipeline):
 
     certify = pipeline("certify", model="path/to/checkpoint")
     certify("image.png")  # {"label": "7", "radius": 0.41, "method": "lipschitz", ...}
-    certify(["a.png", "b.png"], method="mono", sigma=0.25, n=100_000, batch_size=1000)
+    certify(["a.png", "b.png"], method="mono", sigma=0.25, n=100_000, dtype="bfloat16")
     ```
 
     Keyword arguments of a call can also be given to `pipeline(...)` as defaults. The model is put into evaluation
@@ -88,6 +57,7 @@ class CertifyPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._call_defaults: dict[str, Any] = {}
+        self._base: tuple[Any, Any] = (None, None)
         super().__init__(*args, **kwargs)
         self.model.eval()
 
@@ -98,8 +68,8 @@ class CertifyPipeline(Pipeline):
 
     @property
     def method(self) -> str:
-        """Method of a call without arguments, `auto` resolved."""
-        return self._resolve_method(self.settings.method)
+        """Method of a call without arguments, `lipschitz` or one of smoothing."""
+        return self._resolve_method(self.settings)
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
         # called once by the base class, with what `pipeline(...)` was given: checked now, used in every call
@@ -118,51 +88,74 @@ class CertifyPipeline(Pipeline):
 
         Args:
             inputs: the images.
-            batch_size: images a forward pass for `lipschitz` (default 1), noisy copies a forward pass for `mono`
-                (default 256).
+            batch_size: images a forward pass for `lipschitz` (default 1), noisy copies a forward pass for smoothing
+                (default 64 on a CPU, else 512).
             num_workers: processes that read the images, as in a `DataLoader`.
             method (`str`, *optional*, defaults to `"auto"`): `lipschitz`, the deterministic certificate of a model
-                that has one; `mono`, CERTIFY of Cohen et al. 2019 for any model; `auto`, the first where the model
-                has it, else the second. The arguments below are for `mono`.
+                that has one; by randomized smoothing of any model `mono` (CERTIFY of Cohen et al. 2019), `bonferroni`
+                and `cpm` (two-class radii from votes), `lvm` and `betting` (two-class radii from soft scores); `auto`,
+                the first where the model has it, else for each image the one of mono, bonferroni and cpm that its
+                selection votes promise most of. The arguments below are for smoothing.
+            mode (`str`, *optional*, defaults to `"certify"`): `predict` gives the class without a radius, from far
+                fewer samples (PREDICT of Cohen et al.).
             sigma (`float`, *optional*, defaults to 0.25): standard deviation of the noise, in units of pixels in
                 [0, 1]. The noise is added to the original image, before the image processor's resize and normalise.
             n0 (`int`, *optional*, defaults to 100): noisy copies that choose the class.
             n (`int`, *optional*, defaults to 10,000): noisy copies that bound its probability. The literature's
                 tables use 100,000, which takes ten times as long for radii up to a fifth larger.
             alpha (`float`, *optional*, defaults to 0.001): probability that an image's certificate is wrong.
-            seed (`int`, *optional*, defaults to 0): same seed, same counts, whatever the batch size. The noise is
-                keyed by the seed and the position of the image in `inputs`.
+            seed (`int`, *optional*, defaults to 0): same seed, same votes: the noise is keyed by the seed, the
+                position of the image in `inputs` and the number of the copy. A model that rounds a row in another way
+                in batches of another size can turn the vote of a copy whose two largest logits are that close.
+            budget (`str`, *optional*, defaults to `"fixed"`): `adaptive` stops sampling once the radius is within
+                `rtol` (default 0.02) of what n samples could give, or once it is decided whether it exceeds
+                `target_radius`; for votes.
+            score_map (`str` or `ScoreMap`): for lvm and betting, such as `"softmax(t=2.0)"`; see `calibrate`. It
+                defines the smoothed classifier: certify and predict with the same one.
+            randomized (`bool`): randomised Clopper-Pearson bounds.
+            lipschitz_aware (`bool`): lvm and betting with the radius for scores of proved Lipschitz constant, for
+                models with a certificate; they run in float64 on noisy pixels clipped to [0, 1].
+            sound_noise (`bool` or `int`): exactly distributed noise on the grid of 8-bit images, or on that of k/256,
+                so that no float rounding can fake a certificate; rounding to the grid becomes part of the classifier.
+            dtype (`str`): float32, bfloat16 or float16 for the network. The noise is not affected, the certificate is
+                of the network in that precision.
+            compile (`bool`): run a compiled graph.
+            denoiser (module or function, *optional*): cleans noisy pixels before the classifier.
             progress (`bool` or callable, *optional*, defaults to `False`): show a bar, or call with the number of
-                images (`lipschitz`) or noisy copies (`mono`) done.
+                images (`lipschitz`) or noisy copies (smoothing) done.
 
         Returns:
             For each image a dict of plain Python values: `label`, `label_id` and `score` (`None` on abstention;
-            the score is the softmax for `lipschitz` and the share of votes for `mono`), `radius` (l2; within it the
-            network's, for `mono` the smoothed network's, class is constant; 0.0 on abstention), `radius_unit`,
-            `abstained`, `method`, `sigma`, `n0`, `n`, `alpha`, `p_lower`, `p_upper_other`, `counts` (votes of the n
-            copies), `score_map`, `seed`, `dtype`; what does not apply is `None`.
+            the score is the softmax for `lipschitz`, the share of votes or the mean score for smoothing), `radius`
+            (l2; within it the network's, for smoothing the smoothed network's, class is constant; 0.0 on abstention,
+            `None` for predictions), `radius_unit`, `abstained`, `method`, `sigma`, `n0`, `n` (copies used), `alpha`,
+            `p_lower`, `p_upper_other`, `counts` (votes of the n copies), `score_map`, `seed`, `dtype`, `base` (what
+            was done to the network), `noise`, `details`; what does not apply is `None`.
 
         Raises:
             TypeError: an unknown argument, or an input that is no image.
-            ValueError: an argument out of range, `n` too small ever to certify, no images, pixels that are NaN or
-                outside [0, 1], wrong channels or size, `lipschitz` for a model without a certificate.
+            ValueError: an argument out of range, options that do not go together, `n` too small ever to certify, no
+                images, pixels that are NaN or outside [0, 1], wrong channels or size, `lipschitz` for a model without
+                a certificate, logits that are not finite.
             FileNotFoundError: a path without a file.
         """
         settings = CertifySettings.from_arguments({**self._call_defaults, **kwargs})
-        method = self._resolve_method(settings.method)
+        method = self._resolve_method(settings)
         batch_size = self._batch_size if batch_size is None else batch_size
         if batch_size is None:
-            batch_size = _DEFAULT_NOISE_BATCH if method == "mono" else 1
+            batch_size = 1 if method == "lipschitz" else self.noise_batch
         _check_integer("batch_size", batch_size, 1)
         num_workers = self._num_workers if num_workers is None else num_workers
         self.model.eval()
 
         def run(items: Dataset, total: int | None, single: bool = False) -> Iterator[dict[str, Any]]:
-            parameters = {"settings": settings, "method": method, "single": single}
-            return self._run(items, total, batch_size, num_workers or 0, parameters)
+            loading = {"num_workers": num_workers or 0}
+            if method == "lipschitz":
+                return self._run_lipschitz(items, total, settings, {**loading, "batch_size": batch_size})
+            return self._run_smoothing(items, total, settings, method, batch_size, loading)
 
         if isinstance(inputs, (str, Path, Mapping, Tensor, np.ndarray, Image.Image)):
-            return next(run(_Items([inputs], self, method, single=True), 1, single=True))
+            return next(run(_Items([inputs], self, method, single=True), 1))
         if isinstance(inputs, (list, tuple)):
             _check_not_empty(len(inputs))
             return list(run(_Items(inputs, self, method), len(inputs)))
@@ -175,32 +168,96 @@ class CertifyPipeline(Pipeline):
             f"`inputs` must be an image (PIL, path, array, tensor, row) or several, got {type(inputs).__name__}."
         )
 
-    def _run(
-        self, items: Dataset, total: int | None, batch_size: int, num_workers: int, parameters: dict[str, Any]
-    ) -> Iterator[dict[str, Any]]:
-        settings, method = parameters["settings"], parameters["method"]
-        smoothing = method == "mono"
-        loader: DataLoader = DataLoader(
-            items, batch_size=1 if smoothing else batch_size, num_workers=num_workers, collate_fn=_collate
+    def calibrate(self, images: Any, *, draws: int = 100, batch_size: int | None = None, **kwargs: Any) -> ScoreMap:
+        """The score map for `lvm` and `betting` with these settings, to be given to later calls as `score_map`.
+
+        Args:
+            images: a list or data set of images that will not be certified, such as some of the training images.
+            draws: noisy copies of each.
+            kwargs: as in a call; `sigma`, `alpha`, `n`, `dtype` and what else makes the base classifier matter.
+
+        Raises:
+            ValueError, TypeError: as in a call.
+        """
+        # any map stands for the one to be found
+        fixed = {"method": "lvm", "score_map": "softmax(t=1.0)", "mode": "certify"}
+        settings = CertifySettings.from_arguments({**self._call_defaults, **kwargs, **fixed})
+        self.model.eval()
+        items = _Items(images, self, "lvm")
+        pixels = [items[index]["pixel_values"] for index in range(len(items))]
+        with self.runner(settings, "lvm", batch_size=batch_size) as runner:
+            return runner.calibrate(pixels, draws)
+
+    def runner(
+        self, settings: CertifySettings, method: str, *, batch_size: int | None = None, progress: Any = None
+    ) -> SmoothingRunner:
+        """Smoothing of this model for those who bring indices of their own. The base classifier is kept for the next
+        call as long as the model's weights and what the settings say about it stay the same."""
+        key = (
+            weights_sha256(self.model.state_dict()),
+            settings.dtype,
+            settings.compile,
+            settings.lipschitz_aware,
+            settings.denoiser,
+            self.image_processor,
         )
-        units = settings.n0 + settings.n if smoothing else 1
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        if self._base[0] != key:
+            self._base = (key, make_base(self.model, self.image_processor, self.device, settings))
+        return SmoothingRunner(
+            self._base[1],
+            int(self.model.config.num_labels or 0),
+            settings,
+            method,
+            batch_size=self.noise_batch if batch_size is None else batch_size,
+            progress=progress,
+        )
+
+    @property
+    def noise_batch(self) -> int:
+        """Default number of noisy copies a forward pass."""
+        return _NOISE_BATCH.get(self.device.type, _NOISE_BATCH_ELSEWHERE)
+
+    def _run_lipschitz(
+        self, items: Dataset, total: int | None, settings: CertifySettings, loading: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
         done = 0
-        with Progress(*columns, disable=settings.progress is not True, transient=True) as bar:
-            task = bar.add_task(
-                "Noisy copies" if smoothing else "Images", total=None if total is None else total * units
-            )
-            advance = settings.progress if callable(settings.progress) else partial(bar.advance, task)
-            for batch in loader:
-                outputs = self.forward(
-                    batch, settings=settings, method=method, noise_batch=batch_size, advance=advance
-                )
+        with _progress_bar("Images", total, settings.progress) as advance:
+            for batch in DataLoader(items, collate_fn=_stacked, **loading):
+                outputs = self.forward(batch)
                 done += len(batch["index"])
-                if not smoothing:
-                    advance(len(batch["index"]))
-                for row in range(len(batch["index"])):
-                    yield self.postprocess({key: value[row] for key, value in outputs.items()}, **parameters)
+                advance(len(batch["index"]))
+                for logits, radius in zip(outputs["logits"], outputs["certified_radius"]):
+                    yield self.postprocess({"logits": logits, "certified_radius": radius})
         _check_not_empty(done)
+
+    def _run_smoothing(
+        self,
+        items: Dataset,
+        total: int | None,
+        settings: CertifySettings,
+        method: str,
+        batch_size: int,
+        loading: dict[str, Any],
+    ) -> Iterator[dict[str, Any]]:
+        done = 0
+        units = settings.n + (settings.n0 if settings.mode == "certify" else 0)
+        with (
+            _progress_bar("Noisy copies", None if total is None else total * units, settings.progress) as advance,
+            self.runner(settings, method, batch_size=batch_size, progress=advance) as runner,
+        ):
+            # a stream is not read ahead
+            group = 1 if isinstance(items, IterableDataset) else runner.group_size
+            for batch in DataLoader(items, batch_size=group, collate_fn=list, **loading):
+                images = [(place, item["index"], item["pixel_values"]) for place, item in enumerate(batch)]
+                for _, result in runner.run(images):
+                    done += 1
+                    yield self.smoothing_result(runner, result)
+        _check_not_empty(done)
+
+    def smoothing_result(self, runner: SmoothingRunner, result: SmoothingResult) -> dict[str, Any]:
+        """What a call returns for one image."""
+        label_id = None if result.abstained else result.predict
+        return {"label": self._label(label_id), "label_id": label_id, **runner.describe(result)}
 
     def preprocess(self, item: Any, method: str = "auto", index: int = 0) -> dict[str, Any]:  # type: ignore[override]
         """Pixels (C, H, W) float32 in [0, 1] of one input, at its own size; the image processor comes later."""
@@ -211,7 +268,7 @@ class CertifyPipeline(Pipeline):
         if expected is not None:
             size = (expected, expected) if isinstance(expected, int) else tuple(expected)
             if tuple(pixels.shape[1:]) != size:
-                self._check_resizing(tuple(pixels.shape[1:]), size, self._resolve_method(method))
+                self._check_resizing(tuple(pixels.shape[1:]), size, method)
         return {"pixel_values": pixels, "index": index}
 
     def _check_resizing(self, size: tuple[int, ...], expected: tuple[int, ...], method: str) -> None:
@@ -224,62 +281,12 @@ class CertifyPipeline(Pipeline):
                 "image yourself, and the radius is in pixels of the resized image; or use method='mono'."
             )
 
-    def _forward(  # type: ignore[override]
-        self,
-        model_inputs: dict[str, Any],
-        settings: CertifySettings,
-        method: str,
-        noise_batch: int = _DEFAULT_NOISE_BATCH,
-        advance: Callable[[int], None] | None = None,
-    ) -> dict[str, Any]:
-        pixel_values = model_inputs["pixel_values"]
-        if method == "lipschitz":
-            output = self.model(pixel_values=pixel_values, output_certified_radius=True)
-            return {"logits": output.logits, "certified_radius": output.certified_radius}
-        result = certify_mono(
-            self._base_classifier(tuple(pixel_values.shape[-2:])),
-            pixel_values[0],
-            sigma=settings.sigma,
-            n0=settings.n0,
-            n=settings.n,
-            alpha=settings.alpha,
-            num_classes=int(self.model.config.num_labels or 0),
-            seed=settings.seed,
-            index=int(model_inputs["index"][0]),
-            batch_size=noise_batch,
-            progress=advance,
-        )
-        return {"result": [result]}
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        output = self.model(pixel_values=model_inputs["pixel_values"], output_certified_radius=True)
+        return {"logits": output.logits, "certified_radius": output.certified_radius}
 
-    def postprocess(  # type: ignore[override]
-        self, model_outputs: dict[str, Any], settings: CertifySettings, method: str, single: bool = False
-    ) -> dict[str, Any]:
-        if method == "lipschitz":
-            return self._lipschitz_result(model_outputs["logits"], model_outputs["certified_radius"])
-        result = model_outputs["result"]
-        label_id = None if result.abstained else result.predict
-        return {
-            "label": self._label(label_id),
-            "label_id": label_id,
-            "score": None if result.abstained else result.counts[result.candidate] / settings.n,
-            "radius": float(result.radius),
-            "radius_unit": RADIUS_UNIT,
-            "abstained": result.abstained,
-            "method": method,
-            "sigma": float(settings.sigma),
-            "n0": int(settings.n0),
-            "n": int(settings.n),
-            "alpha": float(settings.alpha),
-            "p_lower": float(result.p_lower),
-            # the one-class bound: all other classes together have at most the rest
-            "p_upper_other": 1.0 - float(result.p_lower),
-            "counts": list(result.counts),
-            "score_map": "hardmax",
-            "seed": int(settings.seed),
-            "dtype": _dtype_name(self.model.dtype),
-        }
-
-    def _lipschitz_result(self, logits: Tensor, radius: Tensor) -> dict[str, Any]:
+    def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        logits, radius = model_outputs["logits"], model_outputs["certified_radius"]
         if not torch.isfinite(logits).all() or not torch.isfinite(radius):
             raise ValueError("The model returned NaN or infinite logits or radii: check its weights.")
         label_id = int(logits.argmax())
@@ -295,32 +302,21 @@ class CertifyPipeline(Pipeline):
             **result,
             "score_map": None,
             "seed": None,
-            "dtype": _dtype_name(logits.dtype),
+            "dtype": str(logits.dtype).removeprefix("torch."),
+            "base": None,
+            "noise": None,
+            "details": None,
         }
 
-    def _base_classifier(self, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        model, device, dtype = self.model, self.device, self.model.dtype
-        arguments = {"output_certified_radius": False} if _has_certificate(model) else {}
-        expected = getattr(model.config, "image_size", None)
-        # these models take pixels in [0, 1]: a processor is needed for another size only
-        plain = _has_certificate(model) and size == (expected, expected)
-        transform = pixel_transform(None if plain else self.image_processor)
-
-        def base_classifier(noisy: Tensor) -> Tensor:
-            pixel_values = transform(noisy.to(device)).to(dtype)
-            return model(pixel_values=pixel_values, **arguments).logits
-
-        return base_classifier
-
-    def _resolve_method(self, method: str) -> str:
-        if method == "auto":
-            return "lipschitz" if _has_certificate(self.model) else "mono"
-        if method == "lipschitz" and not _has_certificate(self.model):
+    def _resolve_method(self, settings: CertifySettings) -> str:
+        if settings.method == "auto" and settings.mode == "certify" and has_certificate(self.model):
+            return "lipschitz"
+        if settings.method == "lipschitz" and not has_certificate(self.model):
             raise ValueError(
                 f"`method`='lipschitz' needs a model with a certificate (model_type 'lipschitz_vision'), "
                 f"{type(self.model).__name__} has none: use method='mono'."
             )
-        return method
+        return settings.method
 
     def _label(self, label_id: int | None) -> str | None:
         if label_id is None:
@@ -362,19 +358,21 @@ def _preprocess(pipe: CertifyPipeline, item: Any, method: str, index: int, name_
         raise type(error)(f"Image {index} of `inputs`: {error}") from error
 
 
-def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+def _stacked(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "index": [item["index"] for item in items],
     }
 
 
-def _has_certificate(model: Any) -> bool:
-    return hasattr(model, "certify")
-
-
-def _dtype_name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
+@contextmanager
+def _progress_bar(
+    description: str, total: int | None, progress: bool | Callable[[int], None]
+) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=progress is not True, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield progress if callable(progress) else partial(bar.advance, task)
 
 
 def _check_not_empty(count: int) -> None:

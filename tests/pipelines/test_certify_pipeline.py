@@ -19,7 +19,7 @@ from hf_lip.smoothing import clopper_pearson_lower, gaussian_noise, mono_radius
 
 FIELDS = {
     *("label", "label_id", "score", "radius", "radius_unit", "abstained", "method", "sigma", "n0", "n", "alpha"),
-    *("p_lower", "p_upper_other", "counts", "score_map", "seed", "dtype"),
+    *("p_lower", "p_upper_other", "counts", "score_map", "seed", "dtype", "base", "noise", "details"),
 }
 SMALL = {"method": "mono", "sigma": 0.5, "n0": 20, "n": 200}
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
 
 from hf_lip.smoothing import gaussian_noise, noisy_copies
+from hf_lip.smoothing.noise import GaussianNoise, PhiloxStreams
 
 
 KEY = {"seed": 3, "index": 5}
@@ -61,6 +64,40 @@ def test_the_grid_attack_of_float32_addition_fails():
 
     assert fraction_on_grid(torch.ones(2)) == pytest.approx(0.81490, abs=0.015)
     assert fraction_on_grid(torch.zeros(2)) == pytest.approx(0.27940, abs=0.015)
+
+
+def test_threads_that_fill_at_once_write_the_same_copies():
+    noise = GaussianNoise(0.5, 3)
+    images = [torch.rand(3, 16, 16), torch.rand(2, 5)]
+    expected = [noisy_copies(image, sigma=0.5, **KEY, first_draw=0, num_draws=64).numpy() for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        rows = [np.empty((64, *image.shape), dtype=np.float32) for image in images]
+        futures = [
+            pool.submit(noise.fill, row[start : start + 8], noise.prepare(image), index=5, first_draw=start, phase=0)
+            for start in range(0, 64, 8)
+            for row, image in zip(rows, images)
+        ]
+        for future in futures:
+            future.result()
+    for row, copies in zip(rows, expected):
+        assert np.array_equal(row, copies)
+
+
+def test_lanes_and_blocks_are_places_of_the_draws_own_stream():
+    streams = PhiloxStreams()
+    streams.select(3, 5, 1)
+    streams.seek(7)
+    words = streams.bits.random_raw(16)
+    streams.seek(7, block=2)
+    assert np.array_equal(streams.bits.random_raw(8), words[8:])
+    streams.seek(7, lane=1)
+    assert not np.isin(streams.bits.random_raw(16), words).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_image_must_be_finite(value):
+    with pytest.raises(ValueError, match="`image` has NaN or infinite"):
+        noisy_copies(torch.tensor([value, 0.0]), sigma=0.5, **KEY, first_draw=0, num_draws=1)
 
 
 @pytest.mark.parametrize(

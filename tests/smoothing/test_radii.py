@@ -2,9 +2,11 @@
 import math
 
 import mpmath
+import numpy as np
 import pytest
 
 from hf_lip.smoothing import clopper_pearson_lower, mono_radius
+from hf_lip.smoothing.radii import normal_quantile_lower, normal_quantile_upper, one_minus_up, two_class_radius
 
 
 # lvm-rs.md 6.1: n unanimous votes, R / sigma at alpha = 0.001 and 0.01
@@ -100,3 +102,78 @@ def test_exactly_solvable_classifiers():
 def test_bad_input(p, sigma, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         mono_radius(p, sigma)
+
+
+# two classes
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "expected"),
+    [(0.6, 0.2, 0.547484), (0.8, 0.1, 1.061586), (0.99, 0.005, 2.451089), (0.45, 0.30, 0.199370)],
+)
+def test_two_class_radius(p, q, expected):
+    assert two_class_radius(p, q, 1.0) == pytest.approx(expected, abs=6e-7)
+    assert two_class_radius(p, q, 0.25) == pytest.approx(0.25 * expected, abs=6e-7)
+
+
+def test_two_class_radius_of_the_band():
+    # lvm-rs.md 6.2
+    assert two_class_radius(0.682689492, 0.158655254, 1.0) == pytest.approx(0.737616, abs=6e-7)
+
+
+@pytest.mark.parametrize("p", [0.3, 0.499999, 0.5, 0.7, 0.9999, 1 - 1e-15])
+@pytest.mark.parametrize("q", [1e-300, 1e-15, 1e-3, 0.29])
+def test_two_class_radius_is_rounded_down(p, q):
+    radius = two_class_radius(p, q, 0.25)
+    with mpmath.workdps(400):
+        exact = (mpmath.erfinv(2 * mpmath.mpf(p) - 1) - mpmath.erfinv(2 * mpmath.mpf(q) - 1)) * mpmath.sqrt(2) / 8
+        assert 1 - mpmath.mpf("1e-10") < radius / exact <= 1
+
+
+def test_complements_give_the_one_class_radius():
+    for p in (0.6, 0.9, 0.9999):
+        assert two_class_radius(p, 1 - p, 0.5) == pytest.approx(mono_radius(p, 0.5), rel=1e-10)
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.5, 0.5), (0.4, 0.6), (0.0, 0.5), (0.3, 1.0)])
+def test_no_gap_certifies_nothing(p, q):
+    assert two_class_radius(p, q, 1.0) == 0.0
+
+
+def test_arrays_entry_by_entry():
+    p, q = np.array([[0.2, 0.6], [0.9, 0.99999]]), np.array([0.3, 0.1])
+    expected = [[two_class_radius(a, b, 0.5) for a, b in zip(row, q)] for row in p]
+    assert two_class_radius(p, q, 0.5).tolist() == expected
+    assert mono_radius(p, 0.5).tolist() == [[mono_radius(float(a), 0.5) for a in row] for row in p]
+    assert isinstance(two_class_radius(0.6, 0.2, 1.0), float)
+
+
+@pytest.mark.parametrize("p", [1e-300, 1e-9, 0.1, 0.4999999, 0.5, 0.5000001, 0.9, 1 - 1e-12])
+def test_quantiles_enclose_the_exact_one(p):
+    with mpmath.workdps(400):
+        exact = mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(p) - 1)
+        assert float(normal_quantile_lower(p)) <= exact <= float(normal_quantile_upper(p))
+        assert float(normal_quantile_upper(p)) - float(normal_quantile_lower(p)) <= abs(exact) * 3e-12
+
+
+def test_the_rest_is_rounded_up():
+    for p in (1e-20, 0.1, 1 / 3, 0.5, 0.9999999):
+        with mpmath.workdps(60):
+            assert mpmath.mpf(one_minus_up(p)) >= 1 - mpmath.mpf(p)
+    assert one_minus_up(0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "sigma", "name"),
+    [
+        (1.0, 0.1, 1.0, "p_lower"),
+        (math.nan, 0.1, 1.0, "p_lower"),
+        (0.9, 0.0, 1.0, "p_upper_other"),
+        (0.9, 1.1, 1.0, "p_upper_other"),
+        (0.9, math.nan, 1.0, "p_upper_other"),
+        (0.9, 0.1, 0.0, "sigma"),
+    ],
+)
+def test_bad_input_of_two_classes(p, q, sigma, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        two_class_radius(p, q, sigma)

@@ -8,7 +8,8 @@ from scipy.special import ndtr, ndtri
 
 from hf_lip.smoothing import (
     ABSTAIN,
-    certify_mono,
+    SmoothingSettings,
+    certify_image,
     clopper_pearson_lower,
     gaussian_noise,
     mono_radius,
@@ -19,6 +20,18 @@ from hf_lip.smoothing import (
 IMAGE = torch.tensor([1.0, 0.5])
 WEIGHT = torch.tensor([3.0, 4.0])
 ARGUMENTS = {"sigma": 0.5, "n0": 100, "n": 1000, "alpha": 0.001, "num_classes": 2, "seed": 0}
+
+
+def certify_mono(base, image, *, num_classes, index=0, batch_size=256, progress=None, **settings):
+    return certify_image(
+        base,
+        image,
+        SmoothingSettings(method="mono", **settings),
+        num_classes=num_classes,
+        index=index,
+        batch_size=batch_size,
+        progress=progress,
+    )
 
 
 def linear(noisy):
