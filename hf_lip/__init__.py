@@ -13,6 +13,15 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _PUBLIC = {
     "CertifyPipeline": "pipelines.certify",
+    "ChacalConfig": "models.chacal.configuration_chacal",
+    "ChacalModel": "models.chacal.modeling_chacal",
+    "ChacalForCausalLM": "models.chacal.modeling_chacal",
+    "ChacalForSequenceClassification": "models.chacal.modeling_chacal",
+    "ChacalForTokenClassification": "models.chacal.modeling_chacal",
+    "GammaSchedule": "models.chacal.gamma_chacal",
+    "chained_attention": "ops.chain",
+    "effective_weights": "ops.chain",
+    "convert_attention": "models.chacal.convert",
     "CifarResNetConfig": "models.cifar_resnet.configuration_cifar_resnet",
     "CifarResNetForImageClassification": "models.cifar_resnet.modeling_cifar_resnet",
     "CifarResNetModel": "models.cifar_resnet.modeling_cifar_resnet",

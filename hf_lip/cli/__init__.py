@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_lip.cli.certify_command import certify
+from hf_lip.cli.convert_attention_command import convert_attention
 from hf_lip.cli.report_command import report
 from hf_lip.cli.rescale_command import rescale
 from hf_lip.cli.spectrum_command import spectrum
@@ -45,6 +46,7 @@ def _main(
 
 
 app.command()(certify)
+app.command()(convert_attention)
 app.command()(report)
 app.command()(rescale)
 app.command()(spectrum)
