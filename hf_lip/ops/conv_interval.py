@@ -159,10 +159,14 @@ def _explicit(
     kernel: Tensor, sizes: tuple[int, ...], operator: ConvArguments, copies: int, rtol: float
 ) -> tuple[float, float, str]:
     norms = dense_norms(list(operator_matrix(kernel, sizes, operator)), rtol)
-    # entries are weights, or sums of some where several taps read one pixel
+    low, high = max(n.lower for n in norms), max(n.upper for n in norms)
+    if operator.padding_mode == "zeros":
+        # every entry is a weight
+        return low, high, "explicit cholesky"
+    # entries are sums of weights where several taps read one pixel
     gain = torch.linalg.vector_norm(kernel, dim=(0, 1)).sum().item() * math.sqrt(copies)
     error = up(gamma(2 * kernel[0].numel() + 16) * gain)
-    return down(max(n.lower for n in norms) - error), up(max(n.upper for n in norms) + error), "explicit cholesky"
+    return down(low - error), up(high + error), "explicit cholesky"
 
 
 def _one_size(problem: TorusProblem, rtol: float) -> tuple[float, float, str, PlaneWave | None]:

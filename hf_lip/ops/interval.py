@@ -61,6 +61,9 @@ def interval(
     lower: float, upper: float, exponent: int, method: str, rtol: float, reason: str | None = None
 ) -> SpectralNorm:
     """Scale the ends back by 2^exponent, outwards; a reason is given where the width asked for is not met."""
+    if upper == 0.0:
+        # no computed bound is, but that of a zero matrix
+        return SpectralNorm(0.0, 0.0, method)
     low, high = unscaled(lower, exponent, -math.inf), unscaled(upper, exponent)
     result = SpectralNorm(min(low, high), high, method)
     if result.relative_width <= max(rtol, 1e-7):

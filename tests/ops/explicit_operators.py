@@ -55,10 +55,14 @@ class Convolution:
         return tuple((n + sum(pad) - k) // s + 1 for n, pad, k, s in ends)
 
     def is_possible(self) -> bool:
-        """Whether there is an output, and what reflect padding reads exists."""
-        mode, transposed = self.keywords["padding_mode"], self.keywords["transposed"]
+        """Whether there is an output, which an input pixel reaches, and what reflect padding reads exists."""
+        mode = self.keywords["padding_mode"]
         pads = list(zip(self.size, self.pads, self.spans))
-        if min(self.output_size) < 1 or (not transposed and any(n + sum(p) < k for n, p, k in pads)):
+        if min(self.output_size) < 1:
+            return False
+        if self.keywords["transposed"]:
+            return all(p[0] < (n - 1) * s + k for (n, p, k), s in zip(pads, self.keywords["stride"]))
+        if any(n + sum(p) < k for n, p, k in pads):
             return False
         return mode != "reflect" or all(max(p) < n for n, p, _ in pads)
 

@@ -386,6 +386,9 @@ def test_zero_kernels_are_exactly_zero():
         found = conv_norm(zero, size, padding_mode=mode)
         assert (found.lower, found.upper, found.reason) == (0.0, 0.0, None)
         assert found.relative_width == 0.0
+    # a stride that jumps over the image: every output lies in the padding
+    found = conv_norm(torch.randn(2, 3, 1), 1, stride=3, padding=1)
+    assert (found.lower, found.upper, found.reason) == (0.0, 0.0, None)
     # taps that cancel at the only frequency are no zero kernel
     found = conv_norm(torch.tensor([[[[1.0, -1.0]]]]), 1, padding_mode="circular")
     assert 0.0 == found.lower <= found.upper < 1e-6

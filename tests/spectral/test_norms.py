@@ -403,3 +403,10 @@ def test_wrong_arguments_are_errors():
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_output_that_no_input_reaches():
+    layer = nn.ConvTranspose1d(1, 1, 1, padding=1, output_padding=2, dilation=3)
+    assert layer(torch.ones(1, 1, 1)).shape == (1, 1, 1)
+    with pytest.raises(ValueError, match="No pixel of input_size"):
+        spectral_norm(layer, 1)
