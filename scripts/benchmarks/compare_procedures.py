@@ -24,7 +24,6 @@ from transformers import HfArgumentParser
 
 from hf_lip.metrics import STANDARD_RADII, average_certified_radius, certified_accuracy
 from hf_lip.models.certificate import write_text_atomically
-from hf_lip.ops.simplex import ScoreMap
 from hf_lip.pipelines.loading import calibration_images, chosen_indices, load_certify_pipeline, load_labelled_images
 from hf_lip.pipelines.settings import CertifySettings
 from hf_lip.smoothing.adaptive import AdaptiveRule, Stop
