@@ -61,7 +61,7 @@ def evaluate(
         output = model(pixel_values=pixel_values)
         found = {"right": output.logits.argmax(dim=-1) == labels}
         if certified:
-            constant = float(output.lipschitz_constant)
+            constant = output.lipschitz_constant[0].item()
             found["radius"] = output.certified_radius
         if noise_sd > 0:
             noisy = transform(noisy_pixels(pixels, index, sd=noise_sd, seed=seed))

@@ -9,7 +9,16 @@ import math
 from collections.abc import Callable
 
 
-__all__ = ["LEARNING_RATE_SCHEDULES", "constant", "linear_ramp", "one_cycle", "triangular"]
+__all__ = [
+    "LEARNING_RATE_SCHEDULES",
+    "constant",
+    "cosine",
+    "linear",
+    "linear_ramp",
+    "one_cycle",
+    "triangular",
+    "with_warmup",
+]
 
 
 def triangular(progress: float) -> float:
@@ -35,6 +44,29 @@ def one_cycle(progress: float, *, warmup_share: float = 0.3, start: float = 1 / 
     else:
         low, phase = end, (progress - warmup_share) / (1.0 - warmup_share)
     return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * phase))
+
+
+def cosine(progress: float) -> float:
+    """Factor on the peak rate: half a cosine from 1 to 0."""
+    return 0.5 * (1.0 + math.cos(math.pi * _checked(progress)))
+
+
+def linear(progress: float) -> float:
+    """Factor on the peak rate: linearly from 1 to 0."""
+    return 1.0 - _checked(progress)
+
+
+def with_warmup(schedule: Callable[[float], float], progress: float, *, share: float) -> float:
+    """Linearly from 0 to the schedule's start over the first `share` of training, then the schedule over the rest.
+
+    Source: the schedules with warm-up of transformers.
+    """
+    progress = _checked(progress)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"`share` must lie in [0, 1], got {share}.")
+    if progress < share:
+        return schedule(0.0) * progress / share
+    return schedule((progress - share) / (1.0 - share) if share < 1.0 else 0.0)
 
 
 def constant(progress: float) -> float:

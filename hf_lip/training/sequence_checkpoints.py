@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of sequence models for exact resume, without a pickle: safetensors and JSON.
+
+A folder is written under a temporary name and renamed when whole, so that `kill -9` at any moment leaves the earlier
+ones usable. Random states are not kept: what a step draws depends on the seed and the step alone.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .run_folder import STATE_NAME, prune_checkpoints, publish_checkpoint, unfinished_folder, write_json
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+WEIGHTS_NAME = "model.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+
+__all__ = ["SequenceRunState", "load_sequence_checkpoint", "save_sequence_checkpoint"]
+
+
+@dataclass
+class SequenceRunState:
+    """What a checkpoint knows beside weights and optimiser."""
+
+    step: int = 0
+    # sum over the steps since the last history entry of the mean loss of a step's tokens
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    # supervised tokens so far
+    tokens: int = 0
+    # of a stream, after the last step
+    position: dict[str, int] | None = None
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_sequence_checkpoint(
+    output_dir: Path,
+    state: SequenceRunState,
+    identity: dict[str, Any],
+    accelerator: "Accelerator",
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+) -> None:
+    """Write `checkpoint-<step>` and delete all but the newest `keep`. To be called by every process.
+
+    Args:
+        identity: the arguments that fix the weights of the run; `load_sequence_checkpoint` asks for the same.
+        model: the model itself, not wrapped.
+    """
+    if accelerator.is_main_process:
+        folder = unfinished_folder(output_dir, state.step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_file(_weights(model), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER_NAME)
+        # last: a folder without this file does not count as a checkpoint
+        whole = {"state": asdict(state), "arguments": identity, "num_processes": accelerator.num_processes}
+        write_json(folder / STATE_NAME, whole)
+        publish_checkpoint(output_dir, state.step)
+        prune_checkpoints(output_dir, keep)
+    accelerator.wait_for_everyone()
+
+
+def load_sequence_checkpoint(
+    folder: Path,
+    identity: dict[str, Any],
+    accelerator: "Accelerator",
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> SequenceRunState:
+    """Put back into the model and its optimiser what `save_sequence_checkpoint` wrote.
+
+    Args:
+        folder: from `find_checkpoint`.
+
+    Raises:
+        ValueError: other arguments or another number of processes than those of the run, or other tensors.
+    """
+    saved = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(identity))
+    changed = {name: saved["arguments"].get(name) for name in wanted if saved["arguments"].get(name) != wanted[name]}
+    if changed:
+        raise ValueError(f"{folder.name} belongs to a run with other arguments; resume it with {changed}.")
+    if saved["num_processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"{folder.name} was written by {saved['num_processes']} processes and this run has "
+            f"{accelerator.num_processes}: resume with as many."
+        )
+    weights, own = load_file(folder / WEIGHTS_NAME), _weights(model)
+    if set(weights) != set(own):
+        raise ValueError(f"{folder.name} has other weights: {sorted(set(weights) ^ set(own))[:5]} differ.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for key, tensor in load_file(folder / OPTIMIZER_NAME).items():
+        name, _, part = key.rpartition(".")
+        parameter = names[name]
+        optimizer.state[parameter][part] = tensor.to(parameter.device)
+    return SequenceRunState(**saved["state"])
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the state, tied ones once."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        found[name] = tensor.detach().contiguous()
+    return found
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        for part, value in optimizer.state.get(parameter, {}).items():
+            found[f"{name}.{part}"] = value.detach().contiguous()
+    return found

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules, optimiser, arguments, models and discounts of sequence runs."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lip import ChacalConfig, ChacalForCausalLM
+from hf_lip.models.chacal.converted import ChacalLlamaConfig, ChacalLlamaForCausalLM
+from hf_lip.training.schedules import constant, cosine, linear, with_warmup
+from hf_lip.training.sequence_arguments import SequenceModelArguments, SequenceTrainingArguments, run_identity
+from hf_lip.training.sequence_loop import make_adamw
+from hf_lip.training.sequence_models import build_model, gamma_schedule
+
+
+TINY = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def build(**changes):
+    return build_model(SequenceModelArguments(**{**TINY, **changes}), 40, 32, SPECIAL, use_rope=True)
+
+
+class TestSchedules:
+    @pytest.mark.parametrize("schedule", [cosine, linear, constant])
+    def test_warm_up_then_decay(self, schedule):
+        values = [with_warmup(schedule, progress / 100, share=0.2) for progress in range(101)]
+        assert values[0] == 0
+        assert values[10] == pytest.approx(0.5)
+        assert values[20] == 1 == max(values)
+        assert values[60] == pytest.approx(schedule(0.5))
+        assert values[100] == pytest.approx(schedule(1.0), abs=1e-12)
+        assert all(first >= second for first, second in pairwise(values[20:]))
+
+    def test_they_are_those_of_transformers(self):
+        from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+        for schedule, theirs in ((cosine, get_cosine_schedule_with_warmup), (linear, get_linear_schedule_with_warmup)):
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            scheduler = theirs(optimizer, 30, 100)
+            for step in range(101):
+                assert with_warmup(schedule, step / 100, share=0.3) == pytest.approx(
+                    scheduler.get_last_lr()[0], abs=1e-12
+                )
+                optimizer.step()
+                scheduler.step()
+
+    def test_no_warm_up_and_nothing_else(self):
+        assert with_warmup(cosine, 0.0, share=0.0) == 1.0
+        assert with_warmup(cosine, 0.5, share=1.0) == 0.5
+        assert with_warmup(cosine, 1.0, share=1.0) == 1.0
+        for wrong in (-0.1, 1.1, math.nan):
+            with pytest.raises(ValueError, match="`share`"):
+                with_warmup(cosine, 0.5, share=wrong)
+            with pytest.raises(ValueError, match="`progress`"):
+                linear(wrong)
+
+
+def test_weight_decay_is_for_matrices():
+    model = build(gamma=[0.5], gamma_learnable=True)
+    decayed, others = make_adamw(model, SequenceTrainingArguments(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert {parameter.dim() for parameter in others["params"]} == {1}
+    assert sum(map(len, (decayed["params"], others["params"]))) == len(list(model.parameters()))
+
+
+class TestModels:
+    def test_shorthands(self):
+        config = build(layer_types=["full", "chained"], gamma=[0.3, 0.8], diagonal="keep").config
+        assert config.layer_types == ["full_attention", "chained_attention"]
+        assert (config.gamma, config.diagonal, config.use_rope) == ([0.3, 0.8], "keep", True)
+        config = build(attention="softmax", num_hidden_layers=3, use_rope=False).config
+        assert config.layer_types == ["full_attention"] * 3
+        assert not config.use_rope
+        assert (config.vocab_size, config.eos_token_id, config.num_attention_heads) == (40, 2, 2)
+
+    def test_overrides_and_other_architectures(self):
+        assert build(config_overrides=["hidden_act=gelu", "chunk_size=16"]).config.chunk_size == 16
+        model = build(model_type="llama", num_hidden_layers=2, config_overrides=["num_key_value_heads=1"])
+        assert isinstance(model, LlamaForCausalLM)
+        assert (model.config.hidden_size, model.config.num_key_value_heads) == (16, 1)
+
+    def test_a_checkpoint_is_taken_as_it_is(self, tmp_path):
+        saved = build(gamma=[0.7]).to(torch.bfloat16)
+        saved.save_pretrained(tmp_path)
+        model = build_model(SequenceModelArguments(model_name_or_path=str(tmp_path)), 40, 32, {}, use_rope=False)
+        assert model.dtype == torch.float32
+        assert model.config.gamma == 0.7
+        for name, tensor in saved.state_dict().items():
+            assert torch.equal(tensor.float(), model.state_dict()[name])
+        with pytest.raises(ValueError, match="has 40 tokens and the data 41"):
+            build_model(SequenceModelArguments(model_name_or_path=str(tmp_path)), 41, 32, {}, use_rope=False)
+        with pytest.raises(ValueError, match="longest sequence has 9999 tokens and --model_name_or_path gives 2048"):
+            build_model(SequenceModelArguments(model_name_or_path=str(tmp_path)), 40, 9999, {}, use_rope=False)
+
+    def test_positions(self):
+        with pytest.raises(ValueError, match="has 32 tokens and --max_position_embeddings gives 31 positions"):
+            build(max_position_embeddings=31)
+        build(max_position_embeddings=31, use_rope=False)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"layer_types": ["sliding"]}, "--layer_types must be words of full, softmax, chained"),
+            ({"layer_types": ["full"], "attention": "chained"}, "exclude each other"),
+            ({"layer_types": ["full"], "num_hidden_layers": 2}, "--num_hidden_layers is 2 and --layer_types has 1"),
+            ({"gamma": [0.1, 0.2], "num_hidden_layers": 3}, "--gamma must be one number or 3"),
+            ({"gamma": [1.5]}, "gamma"),
+            ({"model_name_or_path": "x", "hidden_size": 128}, "--hidden_size cannot change"),
+            ({"model_type": "llama", "diagonal": "keep"}, "--diagonal is an option of --model_type chacal"),
+            ({"gamma_warmup_steps": 5}, "give --gamma"),
+            ({"gamma_warmup_steps": 5, "gamma": [0.5], "gamma_learnable": True}, "exclude each other"),
+            ({"config_overrides": ["gelu"]}, "--config_overrides takes name=value"),
+            ({"config_overrides": ["hiden_size=3"]}, "--config_overrides hiden_size: the configuration of chacal"),
+            ({"hidden_size": 0}, "--hidden_size must be > 0"),
+        ],
+    )
+    def test_wrong_arguments_are_refused_with_their_name(self, changes, message):
+        with pytest.raises(Exception, match=message) as caught:
+            build(**changes)
+        assert isinstance(caught.value, ValueError) or "gamma" in changes
+
+
+class TestGammaSchedule:
+    def test_from_scratch_it_rises_from_zero(self):
+        model = build(num_hidden_layers=2, gamma=[0.4, 0.8], gamma_warmup_steps=4)
+        schedule = gamma_schedule(
+            model, SequenceModelArguments(num_hidden_layers=2, gamma=[0.4, 0.8], gamma_warmup_steps=4)
+        )
+        seen = []
+        for step in range(6):
+            schedule(step)
+            seen.append([layer[0] for layer in model.get_gamma()])
+        torch.testing.assert_close(
+            torch.tensor(seen[:5]), torch.tensor([[0.1, 0.2], [0.2, 0.4], [0.3, 0.6], [0.4, 0.8], [0.4, 0.8]])
+        )
+        schedule(1)
+        assert model.config.gamma[1] == [pytest.approx(0.4)] * 2
+
+    def test_of_a_converted_checkpoint_it_starts_where_it_is(self, tmp_path):
+        sizes = {**TINY, "vocab_size": 40, "num_hidden_layers": 2}
+        ChacalLlamaForCausalLM(ChacalLlamaConfig(**sizes, chain_gamma=0.2)).save_pretrained(tmp_path)
+        arguments = SequenceModelArguments(model_name_or_path=str(tmp_path), gamma=[0.6], gamma_warmup_steps=2)
+        model = build_model(arguments, 40, 32, {}, use_rope=True)
+        schedule = gamma_schedule(model, arguments)
+        schedule(0)
+        assert model.config.chain_gamma == [pytest.approx(0.4)] * 2
+        schedule(1)
+        assert model.config.chain_gamma == [0.6, 0.6]
+        once = SequenceModelArguments(model_name_or_path=str(tmp_path), gamma=[0.5])
+        model = build_model(once, 40, 32, {}, use_rope=True)
+        gamma_schedule(model, once)(0)
+        assert model.config.chain_gamma == [0.5, 0.5]
+
+    def test_what_can_not_be_scheduled_is_refused(self, tmp_path):
+        LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=40, num_hidden_layers=1)).save_pretrained(tmp_path / "llama")
+        ChacalForCausalLM(
+            ChacalConfig(**TINY, vocab_size=40, num_hidden_layers=1, gamma=0.5, gamma_learnable=True)
+        ).save_pretrained(tmp_path / "trained")
+        sizes = {**TINY, "vocab_size": 40, "num_hidden_layers": 1}
+        ChacalForCausalLM(ChacalConfig(**sizes, gamma=[[0.1, 0.2]])).save_pretrained(tmp_path / "heads")
+        for name, message in (
+            ("llama", "convert it first with `hf-lip convert-attention`"),
+            ("trained", "the checkpoint trains its discounts"),
+            ("heads", "one for each head"),
+        ):
+            words = {"model_name_or_path": str(tmp_path / name), "gamma": [0.5], "gamma_warmup_steps": 2}
+            with pytest.raises(ValueError, match=message):
+                gamma_schedule(
+                    build_model(SequenceModelArguments(**words), 40, 8, {}, use_rope=True),
+                    SequenceModelArguments(**words),
+                )
+        model = build(gamma=[0.5])
+        for gamma in ([1.2], [0.1, 0.2, 0.3]):
+            words = SequenceModelArguments(gamma=[0.5], gamma_warmup_steps=2)
+            words.gamma = gamma
+            with pytest.raises(ValueError, match="gamma"):
+                gamma_schedule(model, words)
+
+
+class TestTrainingArguments:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"max_steps": 0}, "--max_steps must be > 0"),
+            ({"max_steps": 5, "num_train_epochs": 5}, "exclude each other"),
+            ({"adam_betas": [0.9]}, "--adam_betas must be two numbers"),
+            ({"learning_rate": math.nan}, "--learning_rate must be > 0"),
+            ({"warmup_steps": -1}, "--warmup_steps must be >= 0"),
+        ],
+    )
+    def test_wrong_ones_are_refused_with_their_name(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            SequenceTrainingArguments(**changes)
+
+    def test_epochs_need_an_end(self):
+        assert SequenceTrainingArguments(num_train_epochs=3).num_steps(7) == 21
+        assert SequenceTrainingArguments().num_steps(None) == 1500
+        with pytest.raises(ValueError, match="--num_train_epochs needs data that end"):
+            SequenceTrainingArguments(num_train_epochs=3).num_steps(None)
+
+    def test_what_changes_weights_is_part_of_a_run(self):
+        identity = run_identity(SequenceTrainingArguments(), SequenceModelArguments())
+        assert {"seed", "learning_rate", "max_steps", "gamma", "train_batch_size"} <= set(identity)
+        assert not {"output_dir", "eval_steps", "logging_steps", "num_workers"} & set(identity)
