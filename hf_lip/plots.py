@@ -20,10 +20,14 @@ from hf_lip.metrics import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from hf_lip.checkpoints.spectrum_report import LayerSpectrum
 
-__all__ = ["plot_certified_accuracy", "plot_envelope", "plot_probabilities", "plot_spectrum"]
+__all__ = ["plot_certified_accuracy", "plot_envelope", "plot_probabilities", "plot_provenance", "plot_spectrum"]
+
+# most tokens of a text in one line of a provenance plot
+_LINE = 48
 
 
 def plot_certified_accuracy(
@@ -191,6 +195,80 @@ def plot_spectrum(
     if path is not None:
         _save(ax, Path(path))
     return ax
+
+
+def plot_provenance(
+    tokens: Sequence[str],
+    rows: Mapping[str, ArrayLike],
+    *,
+    answer: int | None = None,
+    path: str | os.PathLike | None = None,
+    title: str | None = None,
+) -> "Figure":
+    """The tokens of a text, line after line, and above them how much of each an output was made of.
+
+    Every line has one strip a row of values, coloured on one scale: from 0 to the largest value, or symmetrical about
+    0 where there are negative ones. Lines are broken as in a text, so that hundreds of tokens stay readable.
+
+    Args:
+        tokens: (n,) strings; long ones are cut.
+        rows: name -> values (n,), such as the mean of a layer's heads and each head of it.
+        answer: number of tokens that belong to the text; those from there on are the answer's, and printed in bold.
+        path: file to write, atomically; its suffix chooses the format.
+
+    Returns:
+        The figure; it has one axes a line of text.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no token or row, or rows of another length.
+    """
+    figure_class, canvas_class = _matplotlib()
+    names, values = list(rows), [np.asarray(row, dtype=np.float64) for row in rows.values()]
+    if not tokens or not values or any(row.shape != (len(tokens),) for row in values):
+        raise ValueError(
+            f"`rows` must hold one value for each of {len(tokens)} tokens, and there must be some of each."
+        )
+    grid = np.stack(values)
+    largest = float(np.abs(grid).max()) or 1.0
+    lowest, colours = (-largest, "RdBu_r") if grid.min() < 0.0 else (0.0, "Blues")
+    # lines of one length, as far as that goes
+    wide = -(-len(tokens) // -(-len(tokens) // _LINE))
+    starts = range(0, len(tokens), wide)
+    height = 0.18 * len(names) + 0.75
+    figure = figure_class(figsize=(2.2 + 0.24 * max(wide, 12), 0.7 + height * len(starts)), layout="constrained")
+    canvas_class(figure)
+    image: Any = None
+    for line, start in enumerate(starts):
+        ax = figure.add_subplot(len(starts), 1, line + 1)
+        part = grid[:, start : start + wide]
+        # the last line is filled up with nothing, so that its columns are as wide as the others
+        filled = np.full((len(names), wide), np.nan)
+        filled[:, : part.shape[1]] = part
+        image = ax.imshow(filled, aspect="auto", cmap=colours, vmin=lowest, vmax=largest, interpolation="nearest")
+        ax.set_yticks(range(len(names)), names, fontsize=7)
+        ax.set_xticks(range(part.shape[1]), [_short(token) for token in tokens[start : start + wide]], rotation=90)
+        for offset, label in enumerate(ax.get_xticklabels()):
+            label.set_fontsize(7)
+            label.set_parse_math(False)
+            if answer is not None and start + offset >= answer:
+                label.set_fontweight("bold")
+        ax.set_xticks(np.arange(part.shape[1] + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
+        ax.grid(which="minor", color="0.9", linewidth=0.4)
+        ax.tick_params(which="both", length=0)
+        ax.set_frame_on(False)
+    figure.colorbar(image, ax=figure.axes, fraction=0.02, pad=0.01)
+    if title is not None:
+        figure.suptitle(title, fontsize=9, parse_math=False)
+    if path is not None:
+        _save(figure.axes[0], Path(path))
+    return figure
+
+
+def _short(token: str) -> str:
+    text = " ".join(token.split()) or token
+    return text if len(text) <= 12 else f"{text[:11]}…"
 
 
 def _decorate(ax: "Axes") -> None:

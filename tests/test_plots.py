@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_lip.plots import plot_certified_accuracy, plot_envelope, plot_probabilities
+from hf_lip.plots import plot_certified_accuracy, plot_envelope, plot_probabilities, plot_provenance
 
 
 def test_curve_is_the_step_function():
@@ -74,6 +74,33 @@ def test_probabilities(tmp_path):
 def test_no_certified_image_at_all():
     ax = plot_certified_accuracy([0.0, 0.3], [False, False])
     assert ax.get_xlim()[1] > 0.0
+
+
+def test_provenance_of_a_long_text(tmp_path):
+    tokens = [f"token{number}" for number in range(129)] + ["$x_1$ which is long"]
+    values = np.random.default_rng(0).random((3, 130))
+    rows = {"all heads": values[0], "head 0": values[1], "head 1": values[2]}
+    figure = plot_provenance(tokens, rows, answer=129, path=tmp_path / "p.png", title="answer $")
+    lines, bar = figure.axes[:3], figure.axes[3:]
+    assert len(bar) == 1
+    labels = [label for ax in lines for label in ax.get_xticklabels()]
+    assert [label.get_text() for label in labels] == [*tokens[:129], "$x_1$ which…"]
+    assert [label.get_fontweight() for label in labels[-2:]] == ["normal", "bold"]
+    assert [label.get_text() for label in lines[0].get_yticklabels()] == list(rows)
+    shown = np.concatenate([ax.images[0].get_array().filled(np.nan) for ax in lines], 1)
+    np.testing.assert_array_equal(shown[:, :130], values)
+    assert {ax.images[0].get_clim() for ax in lines} == {(0.0, values.max())}
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.width < 2500
+
+
+def test_provenance_with_negative_weights_and_with_none():
+    figure = plot_provenance(["a", "b"], {"head": [0.5, -0.9]})
+    assert figure.axes[0].images[0].get_clim() == (-0.9, 0.9)
+    assert plot_provenance(["a"], {"head": [0.0]}).axes[0].images[0].get_clim() == (0.0, 1.0)
+    for tokens, rows in (([], {"head": []}), (["a"], {}), (["a"], {"head": [1.0, 2.0]})):
+        with pytest.raises(ValueError, match="`rows`"):
+            plot_provenance(tokens, rows)
 
 
 def test_global_state_of_matplotlib_is_left_alone(monkeypatch):

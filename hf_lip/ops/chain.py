@@ -16,17 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .chain_arguments import (
+    CHUNK_SIZE,
+    DIAGONALS,
+    check_finite,
+    check_gamma,
+    check_names,
+    check_shapes,
+    gamma_per_head,
+    key_bias,
+)
 from .chain_autograd import ChainedAttentionFunction
-from .chain_blocked import Layout, blocked_backward, blocked_forward
+from .chain_effective import effective_weights
 from .chain_naive import attention_matrix, chain_system, naive_forward, sequence_numbers, visible
+from .chain_onnx import products_forward
 from .chain_step import single_step
-from .chain_tiles import MASKED
 from .chain_triton import can_use_triton
 
 
-DIAGONALS = ("strict", "keep")
 BACKENDS = ("auto", "torch", "triton")
-CHUNK_SIZE = 64
 
 
 class ChainedAttention(NamedTuple):
@@ -41,57 +49,6 @@ class ChainedAttention(NamedTuple):
     output: Tensor
     key: Tensor
     chained: Tensor
-
-
-def gamma_range(diagonal: str, normalize: bool) -> tuple[float, float, bool, bool]:
-    """Lowest and highest discount, and whether each of the two is allowed itself.
-
-    `keep`: [0, 1). `strict`: the solve is a finite sum for every gamma; [-1, 1) keeps Z from growing, and 1 is allowed
-    with `normalize`, where the vanishing factor 1 - gamma cancels. With a negative discount a token subtracts what it
-    has read, and -1 could make a row sum vanish, so `normalize` excludes it.
-    """
-    if diagonal == "keep":
-        return 0.0, 1.0, True, False
-    return -1.0, 1.0, not normalize, normalize
-
-
-def check_gamma(gamma: float | Tensor, diagonal: str, normalize: bool = False, name: str = "gamma") -> None:
-    """Raise ValueError unless every discount is in its range, which depends on the diagonal."""
-    low, high, with_low, with_high = gamma_range(diagonal, normalize)
-    values = gamma.detach().double().flatten().tolist() if isinstance(gamma, Tensor) else [float(gamma)]
-    for value in values:
-        # written so that NaN fails too
-        if not ((low < value or (with_low and value == low)) and (value < high or (with_high and value == high))):
-            interval = f"{'[' if with_low else '('}{low:g}, {high:g}{']' if with_high else ')'}"
-            hint = " (a discount of 1 needs `normalize=True`)" if value == 1.0 and diagonal == "strict" else ""
-            raise ValueError(
-                f"`{name}` must lie in {interval} for `diagonal`={diagonal!r} and `normalize`={normalize}, got "
-                f"{value}{hint}."
-            )
-
-
-def check_finite(**tensors: Tensor) -> None:
-    """Raise ValueError if a tensor holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
-            raise ValueError(
-                f"`{name}` holds NaN or infinite values: chained attention would spread them to every row."
-            )
-
-
-def gamma_per_head(gamma: float | Tensor, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(H,) discounts from one number or one for each head."""
-    values = torch.as_tensor(gamma, dtype=dtype, device=device)
-    if values.ndim > 1 or (values.ndim == 1 and values.shape[0] not in (1, heads)):
-        raise ValueError(f"`gamma` must be a number or have shape ({heads},), got {tuple(values.shape)}.")
-    return values.expand(heads)
-
-
-def key_bias(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """0 for keys that are seen and a large negative number for padding, from 1 and 0 or booleans: same shape."""
-    if key_mask is None:
-        return None
-    return torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device).masked_fill_(~key_mask.bool(), MASKED)
 
 
 def with_ones(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +117,10 @@ def chain(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if past_key is not None and past_chained is not None:
         past_key, past_chained = past_key.to(query.dtype), past_chained.to(dtype)
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        if past_key is not None:
+            raise ValueError("`past_key_values` with more than one new token can not be exported to ONNX.")
+        return products_forward(query, key, value, gamma, scaling, strict, bias, segments)
     return ChainedAttentionFunction.apply(
         query.contiguous(),
         key.contiguous(),
@@ -212,8 +173,8 @@ def chained_attention(
             values are not checked in compiled graphs.
         RuntimeError: if `backend` is `triton` and it cannot be used.
     """
-    _check_names(diagonal=(diagonal, DIAGONALS), backend=(backend, BACKENDS))
-    _check_shapes(query, key, value, past_key, past_chained, key_mask, segment_ids, chunk_size)
+    check_names(diagonal=(diagonal, DIAGONALS), backend=(backend, BACKENDS))
+    check_shapes(query, key, value, past_key, past_chained, key_mask, segment_ids, chunk_size)
     if not torch.compiler.is_compiling():
         check_gamma(gamma, diagonal, normalize)
         check_finite(query=query, key=key, value=value)
@@ -258,8 +219,8 @@ def naive_chained_attention(
     segment_ids: Tensor | None = None,
 ) -> Tensor:
     """Y as `chained_attention` returns it, from the definition with n x n matrices, in the dtype of the inputs."""
-    _check_names(diagonal=(diagonal, DIAGONALS))
-    _check_shapes(query, key, value, None, None, key_mask, segment_ids, 1)
+    check_names(diagonal=(diagonal, DIAGONALS))
+    check_shapes(query, key, value, None, None, key_mask, segment_ids, 1)
     check_gamma(gamma, diagonal, normalize)
     check_finite(query=query, key=key, value=value)
     heads, size = query.shape[1], value.shape[-1]
@@ -273,108 +234,8 @@ def naive_chained_attention(
     return row_normalized(output, size) if normalize else output * (1.0 - discounts)[:, None, None]
 
 
-@torch.no_grad()
-def effective_weights(
-    query: Tensor,
-    key: Tensor,
-    gamma: float | Tensor,
-    rows: list[int],
-    *,
-    diagonal: str = "strict",
-    normalize: bool = False,
-    scaling: float | None = None,
-    key_mask: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
-) -> Tensor:
-    """Rows of (1 - gamma) A (I - gamma A')^-1: how much of each value, over all hops, an output is made of.
-
-    One transposed solve for up to D rows at a time (chacal 2.11), in float32 or above and without an n x n matrix.
-
-    Args:
-        query, key: (B, H, n, D) and (B, H_kv, n, D).
-        rows: tokens whose outputs are to be explained; negative ones count from the end. The rest as in
-            `chained_attention`.
-
-    Returns:
-        (B, H, len(rows), n). Rows sum to 1 with `keep` or `normalize`.
-    """
-    _check_names(diagonal=(diagonal, DIAGONALS))
-    _check_shapes(query, key, key, None, None, key_mask, None, chunk_size)
-    check_gamma(gamma, diagonal, normalize)
-    check_finite(query=query, key=key)
-    batch, heads, length, size = query.shape
-    if any(not -length <= row < length for row in rows):
-        raise ValueError(f"`rows` must lie in [{-length}, {length - 1}] for {length} tokens, got {rows}.")
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query = query.to(dtype).contiguous()
-    key = key.to(dtype).repeat_interleave(heads // key.shape[1], 1)
-    discounts = gamma_per_head(gamma, heads, dtype, query.device)
-    scaling = size**-0.5 if scaling is None else scaling
-    layout = Layout(0, key_bias(key_mask, dtype), None)
-    shared = (discounts, None, None, layout, scaling, diagonal == "strict", chunk_size)
-    output, chained, log_sum, tiles = blocked_forward(query, key, torch.zeros_like(query), *shared)
-    found = []
-    for start in range(0, len(rows), size):
-        chosen = [row % length for row in rows[start : start + size]]
-        grad = torch.zeros_like(query)
-        grad[:, :, chosen, range(len(chosen))] = 1.0
-        grad_value = blocked_backward(grad, None, query, key, chained, output, log_sum, tiles, *shared)[2]
-        found.append(grad_value[..., : len(chosen)].mT)
-    weights = torch.cat(found, 2) if found else query.new_zeros(batch, heads, 0, length)
-    if normalize:
-        sums = weights.sum(-1, keepdim=True)
-        return weights / torch.where(sums == 0, torch.ones_like(sums), sums)
-    return weights * (1.0 - discounts)[:, None, None]
-
-
-def _check_names(**choices: tuple[str, tuple[str, ...]]) -> None:
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-def _check_shapes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor | None,
-    past_chained: Tensor | None,
-    key_mask: Tensor | None,
-    segment_ids: Tensor | None,
-    chunk_size: int,
-) -> None:
-    if any(tensor.ndim != 4 for tensor in (query, key, value)):
-        raise ValueError("`query`, `key` and `value` must have shape (batch, heads, tokens, features).")
-    if 0 in query.shape or 0 in value.shape:
-        raise ValueError(f"`query` is empty, shape {tuple(query.shape)}: pass at least one token.")
-    batch, heads, length, size = query.shape
-    kv_heads = key.shape[1]
-    if key.shape != (batch, kv_heads, length, size) or value.shape[:3] != key.shape[:3] or heads % kv_heads:
-        raise ValueError(
-            f"`query` {tuple(query.shape)}, `key` {tuple(key.shape)} and `value` {tuple(value.shape)} do not fit: "
-            "same batch and tokens, as many features in query and key, query heads a multiple of the key heads."
-        )
-    if (past_key is None) != (past_chained is None):
-        raise ValueError("`past_key` and `past_chained` must be given together.")
-    past = 0
-    if past_key is not None and past_chained is not None:
-        past = past_key.shape[2]
-        if past_key.shape[:2] != (batch, kv_heads) or past_chained.shape[:3] != (batch, heads, past):
-            raise ValueError(
-                f"`past_key` {tuple(past_key.shape)} and `past_chained` {tuple(past_chained.shape)} must have shapes "
-                f"({batch}, {kv_heads}, p, features) and ({batch}, {heads}, p, features): Z has one head a query head."
-            )
-        if segment_ids is not None:
-            raise ValueError("`segment_ids` cannot be combined with a past: continue packed sequences one by one.")
-    if key_mask is not None and key_mask.shape != (batch, past + length):
-        raise ValueError(f"`key_mask` must have shape ({batch}, {past + length}), got {tuple(key_mask.shape)}.")
-    if segment_ids is not None and segment_ids.shape != (batch, length):
-        raise ValueError(f"`segment_ids` must have shape ({batch}, {length}), got {tuple(segment_ids.shape)}.")
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
-
-
 __all__ = [
+    "DIAGONALS",
     "ChainedAttention",
     "attention_matrix",
     "chain",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chained attention in Llama (with and without grouped heads), Qwen2 and GPT-2."""
 
+import copy
+
 import pytest
 import torch
 import typer
@@ -87,7 +89,7 @@ def test_ordinary_checkpoints_start_with_their_own_logits(tmp_path, family, opti
 
 @every_family
 @every_variant
-def test_cached_padded_beam_and_uncached_generation_agree(family, options):
+def test_cached_static_padded_beam_and_uncached_generation_agree(family, options):
     model_class, config_class, _, sizes = family
     model = model_class(config_class(**sizes, chain_gamma=0.9, **options)).eval()
     ids, mask = padded()
@@ -95,6 +97,7 @@ def test_cached_padded_beam_and_uncached_generation_agree(family, options):
         inputs = {"input_ids": ids, "attention_mask": mask, **GREEDY, **more}
         expected = model.generate(**inputs, use_cache=False)
         assert torch.equal(model.generate(**inputs), expected)
+        assert torch.equal(model.generate(**inputs, cache_implementation="static"), expected)
         if not more:
             assert torch.equal(model.generate(ids[:1, 6:], **GREEDY)[0], expected[0, 6:])
     assisted = model.generate(ids[:1], prompt_lookup_num_tokens=3, **GREEDY)
@@ -167,8 +170,76 @@ def test_bad_settings():
     model = ChacalQwen2ForCausalLM(ChacalQwen2Config(**GROUPED, **window))
     with pytest.raises(ValueError, match="sliding window"):
         model(tokens())
+    model = ChacalLlamaForCausalLM(ChacalLlamaConfig(**SIZES))
     with pytest.raises(ValueError, match="cache_implementation"):
-        ChacalLlamaForCausalLM(ChacalLlamaConfig(**SIZES)).generate(tokens(), cache_implementation="static", **GREEDY)
+        model.generate(tokens(), cache_implementation="quantized", **GREEDY)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(tokens(), cache_implementation="static")
+
+
+@every_family
+@pytest.mark.parametrize("max_cache_len", [None, 30])
+def test_a_cache_that_is_cropped_copied_and_reordered(family, max_cache_len):
+    model_class, config_class, _, sizes = family
+    model = model_class(config_class(**sizes, chain_gamma=0.9)).eval()
+    ids = tokens(length=30)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, -1]
+        cache = ChainedCache(model.config, max_cache_len)
+        model(ids[:, :20], past_key_values=cache)
+        kept = copy.deepcopy(cache)
+        model(tokens(length=9), past_key_values=cache)
+        cache.crop(-9)
+        got = model(ids[:, 20:], past_key_values=cache).logits[:, -1]
+        kept.reorder_cache(torch.tensor([1, 0]))
+        swapped = model(ids.flip(0)[:, 20:], past_key_values=kept).logits[:, -1]
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(swapped.flip(0), expected, rtol=0, atol=2e-5)
+
+
+def test_a_static_cache_stays_where_it_is_and_is_not_exceeded():
+    model = ChacalLlamaForCausalLM(ChacalLlamaConfig(**GROUPED, chain_gamma=0.9)).eval()
+    cache = ChainedCache(model.config, max_cache_len=23)
+    places = set()
+    with torch.no_grad():
+        for count in (20, 1, 2):
+            model(tokens(length=count), past_key_values=cache)
+            layer = cache.layers[1]
+            places.add((layer.keys.data_ptr(), layer.values.data_ptr()))
+            assert layer.keys.untyped_storage().nbytes() == 2 * 2 * 23 * 8 * 4
+            assert layer.values.untyped_storage().nbytes() == 2 * 4 * 23 * 8 * 4
+        assert len(places) == 1
+        with pytest.raises(ValueError, match="room for 23 tokens, not for 24"):
+            model(tokens(length=1), past_key_values=cache)
+        cache.reset()
+        ids = tokens(length=21)
+        got = [model(part, past_key_values=cache).logits for part in ids.split([20, 1], 1)]
+        torch.testing.assert_close(torch.cat(got, 1), model(ids, use_cache=False).logits, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="max_cache_len"):
+        ChainedCache(model.config, max_cache_len=0)
+
+
+def test_caches_of_other_models():
+    model, ids = ChacalLlamaForCausalLM(ChacalLlamaConfig(**GROUPED)).eval(), tokens()
+    with pytest.raises(ValueError, match="1 layers, the model has more"):
+        model(ids, past_key_values=ChainedCache(LlamaConfig(**{**GROUPED, "num_hidden_layers": 1})))
+    for options in ({"num_key_value_heads": 4}, {"head_dim": 16}):
+        other = ChacalLlamaForCausalLM(ChacalLlamaConfig(**{**GROUPED, **options}))
+        cache = ChainedCache(other.config)
+        other(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="another model or batch"):
+            model(ids[:, :1], past_key_values=cache)
+    cache = ChainedCache(model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="another model or batch"):
+        model(ids[:1, :1], past_key_values=cache)
+    own = ChacalForCausalLM(ChacalConfig(**GROUPED)).eval()
+    with pytest.raises(TypeError, match="cannot serve chained_attention"):
+        own(ids, past_key_values=cache)
+    model = ChacalLlamaForCausalLM(ChacalLlamaConfig(**SIZES)).eval()
+    own = ChacalForCausalLM(ChacalConfig(**SIZES)).eval()
+    with pytest.raises(ValueError, match="holds values"):
+        model(ids[:, :1], past_key_values=own(ids, use_cache=True).past_key_values)
 
 
 @every_family

@@ -176,10 +176,11 @@ def test_packed_sequences(diagonal):
 
 
 @pytest.mark.parametrize("diagonal", DIAGONALS)
-@pytest.mark.parametrize("hops", [1, 2, 5, 10, 20])
-def test_hard_pointer_chain(diagonal, hops):
+@pytest.mark.parametrize("hops", [1, 2, 5, 10, 20, 50])
+@pytest.mark.parametrize("gamma", [0.9, 0.99])
+def test_hard_pointer_chain(diagonal, hops, gamma):
     # token t looks at t - 1 only, token 0 at itself: the root's value after `hops` hops (the table of chacal 2.2)
-    length, gamma = hops + 1, 0.9
+    length = hops + 1
     query = torch.zeros(1, 1, length, length, dtype=torch.float64)
     key = torch.eye(length, dtype=torch.float64)[None, None]
     for token in range(length):
@@ -224,6 +225,23 @@ def test_a_step_from_a_cache_of_half_precision(dtype, chained_in_float32, diagon
         assert (got.output - exact.output).abs().max() <= tolerance * exact.output.abs().max()
         assert (got.chained - exact.chained).abs().max() <= tolerance * exact.chained.abs().max()
     assert not got.output[1].any()  # sees no key
+
+
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_effective_weights_are_the_explicit_operator(diagonal, normalize):
+    # grouped heads, more rows than a head has features and than are solved at a time, packed sequences
+    query, key, _ = random_inputs(length=97, size=4, heads=4, kv_heads=2)
+    ids = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor([40, 57])).expand(2, -1)
+    for segment_ids in (None, ids):
+        options = {"diagonal": diagonal, "normalize": normalize, "segment_ids": segment_ids}
+        got = effective_weights(query, key, 0.9, list(range(97)), chunk_size=16, **options)
+        unit = torch.eye(97, dtype=torch.float64).expand(2, 4, 97, 97)
+        expected = naive_chained_attention(query, key.repeat_interleave(2, 1), unit, 0.9, **options)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        few = effective_weights(query, key, 0.9, [96, 3], chunk_size=16, **options)
+        torch.testing.assert_close(few, expected[:, :, [96, 3]], rtol=0, atol=1e-12)
+    assert effective_weights(query, key, 0.9, []).shape == (2, 4, 0, 97)
 
 
 @pytest.mark.parametrize("diagonal", DIAGONALS)

@@ -52,5 +52,13 @@ def test_shapes_that_do_not_fit():
         chained_attention(query[0], key, value, 0.5)
     with pytest.raises(ValueError, match="at least one token"):
         chained_attention(query[:, :, :0], key[:, :, :0], value[:, :, :0], 0.5)
-    with pytest.raises(ValueError, match="rows"):
-        effective_weights(query, key, 0.5, [37])
+    for row in (37, -38, 1.0, True):
+        with pytest.raises(ValueError, match="rows"):
+            effective_weights(query, key, 0.5, [row])
+    with pytest.raises(ValueError, match="gamma"):
+        effective_weights(query, key, 1.5, [0])
+    with pytest.raises(ValueError, match="segment_ids"):
+        effective_weights(query, key, 0.5, [0], segment_ids=torch.ones(2, 5))
+    query[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        effective_weights(query, key, 0.5, [0])

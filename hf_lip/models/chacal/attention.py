@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from ...ops.chain import attention_matrix, chain, row_normalized, with_ones
 from ...ops.chain_triton import can_use_triton
 from .configuration_chacal import ChacalConfig
+from .effective import PAST_REMEDY, EffectiveAttention, EffectiveRecorder, asked_rows
 from .gamma_chacal import ChacalGamma
 
 
@@ -36,7 +38,7 @@ class ChacalAttention(nn.Module):
     """Multi-head attention with projections named as in Llama.
 
     In a `chained_attention` layer the cache holds keys and Z. The second output is the one-hop softmax weights, with
-    `attn_implementation="eager"` only.
+    `attn_implementation="eager"` only; the third the effective weights of the rows asked for.
     """
 
     def __init__(self, config: ChacalConfig, layer_idx: int):
@@ -64,9 +66,12 @@ class ChacalAttention(nn.Module):
         chain_context: ChainContext | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
+        output_effective_weights: bool | list[int] = False,
+        effective_recorder: EffectiveRecorder | None = None,
         **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, n, width) -> (B, n, width), and the one-hop weights (B, H, n, past + n) or None."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, n, width) -> (B, n, width), the one-hop weights (B, H, n, past + n or slots of a static cache) or None,
+        and the effective weights (B, H, rows asked for, n) or None."""
         shape = hidden_states.shape[:-1]
         query, key, value = (
             project(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
@@ -74,6 +79,13 @@ class ChacalAttention(nn.Module):
         )
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        effective = None
+        if output_effective_weights or effective_recorder is not None:
+            attention = self.effective_attention(query, key, value, chain_context)
+            rows = asked_rows(output_effective_weights, query.shape[2])
+            effective = None if rows is None else attention.weights(rows)
+            if effective_recorder is not None:
+                effective_recorder.record(self.layer_idx, attention)
         if self.layer_type == "chained_attention":
             output, weights = self.chained(query, key, value, chain_context, past_key_values)
         else:
@@ -86,7 +98,32 @@ class ChacalAttention(nn.Module):
             output, weights = attend(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
-        return self.o_proj(output.reshape(*shape, -1)), weights
+        return self.o_proj(output.reshape(*shape, -1)), weights, effective
+
+    def effective_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, context: ChainContext
+    ) -> EffectiveAttention:
+        """This layer as the linear map of its values that it is in this forward pass."""
+        if context.past:
+            raise ValueError(
+                "Effective weights need the queries of all tokens, and a cache holds none of those before: "
+                f"{PAST_REMEDY}."
+            )
+        chained = self.layer_type == "chained_attention"
+        gamma = self.gamma(query.device)[0] if chained else query.new_zeros(query.shape[1], dtype=torch.float32)
+        return EffectiveAttention(
+            self,
+            self.layer_type,
+            query,
+            key,
+            value,
+            gamma,
+            scaling=self.scaling,
+            strict=self.config.diagonal == "strict",
+            normalize=self.config.normalize and chained,
+            bias=context.bias,
+            segments=context.segments,
+        )
 
     def chained(
         self, query: Tensor, key: Tensor, value: Tensor, context: ChainContext, past_key_values: Cache | None
@@ -124,6 +161,8 @@ class ChacalAttention(nn.Module):
         weights = None
         if config._attn_implementation == "eager":
             weights = self.one_hop_weights(query, key, past_key, context).to(dtype)
+            if past_key_values is not None and past_key_values.is_compileable:
+                weights = self.at_slots(weights, past_key_values.layers[self.layer_idx])
         return output.to(dtype).transpose(1, 2), weights
 
     def one_hop_weights(self, query: Tensor, key: Tensor, past_key: Tensor | None, context: ChainContext) -> Tensor:
@@ -137,6 +176,16 @@ class ChacalAttention(nn.Module):
         if context.segments is not None:
             seen = seen & (context.segments[:, None, :, None] == context.segments[:, None, None, :])
         return attention_matrix(query.float(), keys.float(), self.scaling, seen)
+
+    @staticmethod
+    def at_slots(weights: Tensor, layer: Any) -> Tensor:
+        """One-hop weights with one column for each slot of a static cache, as other layers return them: those of the
+        new tokens, which come last, where the tokens were written."""
+        length = weights.shape[2]
+        past = weights.shape[3] - length
+        slots = torch.arange(length, device=weights.device) + (layer.cumulative_length - length)
+        columns = F.pad(weights[..., :past], (0, layer.max_cache_len - past))
+        return columns.index_copy(3, slots, weights[..., past:])
 
 
 __all__ = ["ChacalAttention", "ChainContext"]

@@ -8,13 +8,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from ...ops.chain import DIAGONALS, check_gamma
+from ..shim import InstalledSettings
 
 
 LAYER_TYPES = ("chained_attention", "full_attention")
 
 
 @strict
-class ChacalConfig(PreTrainedConfig):
+class ChacalConfig(InstalledSettings, PreTrainedConfig):
     r"""
     Configuration of a decoder with chained attention (Fagnou et al., EMNLP 2024): pre-norm blocks laid out and named
     as in Llama, so that with `gamma=0`, or `layer_types` of `"full_attention"` only, it is that architecture.

@@ -18,12 +18,18 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils import logging
 
 from ...ops.chain import DIAGONALS
+from ..hub_model import PushableModel
+from ..shim import InstalledSettings
 from .interface import NAME, ChainedCache, chain_settings
 
 
-class ChainedConfigMixin:
+logger = logging.get_logger(__name__)
+
+
+class ChainedConfigMixin(InstalledSettings):
     """Fields `chain_gamma` (a number, or for each layer a number or one for each head), `chain_diagonal`,
     `chain_normalize`, checked when the config is made; the attention implementation is chosen by the class."""
 
@@ -80,18 +86,53 @@ class ChacalGPT2Config(ChainedConfigMixin, GPT2Config):
         self.check_chain()
 
 
-class ChainedGenerationMixin:
-    """`generate` decodes from a `ChainedCache` unless it is given a cache."""
+class ChainedGenerationMixin(PushableModel):
+    """`generate` decodes from a `ChainedCache` unless it is given a cache, or the attention was made ordinary."""
 
     config: PreTrainedConfig
+    # its static cache is read up to the last token, which is another length every time
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if self.config._attn_implementation != NAME:
+            logger.warning(
+                f'{type(self).__name__} has `attn_implementation="{self.config._attn_implementation}"`, which is '
+                f'ordinary attention: `chain_gamma` has no effect. Leave the argument out, or pass "{NAME}".'
+            )
 
     def generate(self, *args, **kwargs):
         wanted = kwargs.get("use_cache")
-        if kwargs.get("past_key_values") is None and (self.config.use_cache if wanted is None else wanted):
-            if kwargs.get("cache_implementation") is not None:
-                raise ValueError("Chained attention decodes from a `ChainedCache`: leave `cache_implementation` out.")
-            kwargs["past_key_values"] = ChainedCache(self.config)
+        chained = self.config._attn_implementation == NAME
+        if chained and kwargs.get("past_key_values") is None and (self.config.use_cache if wanted is None else wanted):
+            kwargs["past_key_values"] = ChainedCache(self.config, self.static_length(args, kwargs))
+            kwargs.pop("cache_implementation", None)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def static_length(self, args: tuple, kwargs: dict[str, Any]) -> int | None:
+        """Tokens that a static cache needs for these arguments of `generate`; None where a growing one is asked for.
+
+        Raises:
+            ValueError: for another implementation, or a static one without a length.
+        """
+        implementation = kwargs.get("cache_implementation")
+        if implementation in (None, "dynamic"):
+            return None
+        if implementation != "static":
+            raise ValueError(
+                'Chained attention decodes from a `ChainedCache`: `cache_implementation` must be "dynamic" or '
+                f'"static", got {implementation!r}.'
+            )
+        settings = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        new, total = (kwargs.get(name, getattr(settings, name)) for name in ("max_new_tokens", "max_length"))
+        names = ("inputs", "input_ids", "inputs_embeds")
+        given = next((tensor for tensor in (*args[:1], *map(kwargs.get, names)) if tensor is not None), None)
+        length = 1 if given is None else given.shape[1]
+        if new is None and total is None:
+            raise ValueError(
+                '`cache_implementation="static"` needs to know how much to allocate: pass `max_new_tokens`.'
+            )
+        return length + new if new is not None else total
 
 
 class ChacalLlamaForCausalLM(ChainedGenerationMixin, LlamaForCausalLM):

@@ -16,6 +16,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from ...ops.chain import DIAGONALS, chain, check_gamma, gamma_per_head, key_bias, row_normalized, with_ones
 from ...ops.chain_triton import can_use_triton
+from .effective import PAST_REMEDY, EffectiveAttention, EffectiveRecorder
 
 
 NAME = "chacal"
@@ -23,19 +24,67 @@ CACHE_REMEDY = "Pass `past_key_values=ChainedCache(model.config)`, or `use_cache
 
 
 class ChainedCacheLayer(DynamicLayer):
-    """Keys as in the base class, and Z, which the attention function appends once it has solved for it."""
+    """Keys as in the base class, and Z, which the attention function appends once it has solved for it.
+
+    Args:
+        max_cache_len: None to grow with the sequence; or tokens to make room for at once, and the most it will hold.
+    """
+
+    def __init__(self, max_cache_len: int | None = None):
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.slots: dict[str, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """All keys, and the new values only, marked with this layer for the attention function."""
+        """All keys, and the new values only, marked with this layer for the attention function.
+
+        Raises:
+            ValueError: if the keys it holds are those of another model or batch, or it has no room.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.keys = self.extended("keys", key_states)
         value_states.chained_layer = self  # type: ignore[attr-defined]
         return self.keys, value_states
 
     def append(self, chained: Tensor) -> None:
         """Add Z (B, H, n, E) of the new tokens."""
-        self.values = torch.cat([self.values, chained], dim=-2)
+        self.values = self.extended("values", chained)
+
+    def extended(self, name: str, new: Tensor) -> Tensor:
+        """What is held, `keys` or `values`, and the new tokens' (B, heads, n, features) after it."""
+        held: Tensor = getattr(self, name)
+        count = 0 if held.numel() == 0 else held.shape[2]
+        if count and (held.shape[:2] != new.shape[:2] or held.shape[3] != new.shape[3]):
+            raise ValueError(
+                f"The cache holds {name} of shape {tuple(held.shape)}, which tokens of shape {tuple(new.shape)} "
+                f"cannot follow: it belongs to another model or batch. {CACHE_REMEDY}"
+            )
+        if self.max_cache_len is None:
+            return new if count == 0 else torch.cat([held, new], dim=-2)
+        total = count + new.shape[2]
+        if total > self.max_cache_len:
+            raise ValueError(
+                f"The cache has room for {self.max_cache_len} tokens, not for {total}: make a larger one."
+            )
+        slots = self.slots.get(name)
+        # reordering and copies for beams leave another tensor in the place of the view of the slots
+        if slots is None or count == 0 or held.data_ptr() != slots.data_ptr():
+            slots = new.new_empty(*new.shape[:2], self.max_cache_len, new.shape[3])
+            if count:
+                slots[:, :, :count] = held
+            self.slots[name] = slots
+        slots[:, :, count:total] = new
+        return slots[:, :, :total]
+
+    def reset(self) -> None:
+        # dropped: older releases of the base class keep the length and write zeros
+        self.keys = self.values = None
+        self.slots, self.is_initialized = {}, False
+        super().reset()
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
 
 
 class ChainedCache(Cache):
@@ -43,11 +92,20 @@ class ChainedCache(Cache):
 
     Args:
         config: the model's config.
+        max_cache_len: None for a cache that grows. A number for a static one, for decoding without gradients: its
+            memory is allocated once, for so many tokens, which must not be exceeded.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
+        if max_cache_len is not None and max_cache_len < 1:
+            raise ValueError(f"`max_cache_len` must be at least 1, got {max_cache_len}.")
         layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[ChainedCacheLayer() for _ in range(layers)])
+        super().__init__(layers=[ChainedCacheLayer(max_cache_len) for _ in range(layers)])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"The cache has {len(self.layers)} layers, the model has more. {CACHE_REMEDY}")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def chain_settings(config: PreTrainedConfig, layer_idx: int, heads: int) -> tuple[list[float], str, bool]:
@@ -112,12 +170,22 @@ def chained_attention_forward(
     positions = kwargs.get("position_ids")
     if attention_mask is None and not past and positions is not None:
         segments = find_packed_sequence_indices(positions.expand(query.shape[0], -1))
+    bias = key_bias(attention_mask, torch.float32)
+    scaling = value.shape[-1] ** -0.5 if scaling is None else scaling
+    recorder: EffectiveRecorder | None = kwargs.get("effective_recorder")
+    if recorder is not None:
+        if past:
+            raise ValueError(f"Provenance needs the queries of all tokens, not those after a past: {PAST_REMEDY}.")
+        strict = diagonal == "strict"
+        attention = EffectiveAttention(
+            module, "chained_attention", query, key, value, gamma, scaling, strict, normalize, bias, segments
+        )
+        recorder.record(settings.layer_idx, attention)
     size, dtype = value.shape[-1], query.dtype
     past_key, past_chained = None, None
     if layer is not None and past:
         past_key, past_chained = key[:, :, :past], layer.values
     key = key[:, :, past:]
-    scaling = size**-0.5 if scaling is None else scaling
     if normalize:
         query, key, value = with_ones(query, key, value)
         if past_key is not None:
@@ -129,7 +197,7 @@ def chained_attention_forward(
         gamma,
         past_key,
         past_chained,
-        key_bias(attention_mask, torch.float32),
+        bias,
         segments,
         scaling=scaling,
         strict=diagonal == "strict",
@@ -156,7 +224,10 @@ def chained_mask(
         ValueError: for caches of a fixed size or with a window, and for sequences without any token.
     """
     if kv_offset or kv_length != int(q_offset) + q_length:
-        raise ValueError(f"Chained attention cannot decode from a static or sliding cache here. {CACHE_REMEDY}")
+        raise ValueError(
+            "Chained attention cannot decode from a static or sliding cache of values. Pass "
+            "`past_key_values=ChainedCache(model.config, max_cache_len=...)`."
+        )
     if attention_mask is None:
         return None
     mask = attention_mask[:, -kv_length:].bool()

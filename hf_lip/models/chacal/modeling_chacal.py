@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoders with chained attention: base model, causal language model, sequence and token classifiers."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +19,29 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ...ops.chain import check_finite
+from ..hub_model import PushableModel
 from .attention import ChacalAttention, ChainContext
 from .cache_chacal import check_cache
 from .configuration_chacal import ChacalConfig
 from .gamma_chacal import ChacalGamma
 from .masks_chacal import chain_context, create_masks
+
+
+@dataclass
+class ChacalModelOutputWithPast(BaseModelOutputWithPast):
+    """As the base class, and `effective_weights`: None, or of each layer (B, H, rows asked for, n)."""
+
+    effective_weights: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ChacalCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """As the base class, and `effective_weights`: None, or of each layer (B, H, rows asked for, n)."""
+
+    effective_weights: tuple[Tensor, ...] | None = None
 
 
 class ChacalDecoderLayer(GradientCheckpointingLayer):
@@ -48,7 +64,7 @@ class ChacalDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        attended, _ = self.self_attn(
+        attended, *_ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             chain_context=chain_context,
@@ -60,7 +76,7 @@ class ChacalDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-class ChacalPreTrainedModel(PreTrainedModel):
+class ChacalPreTrainedModel(PushableModel, PreTrainedModel):
     config: ChacalConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -69,7 +85,11 @@ class ChacalPreTrainedModel(PreTrainedModel):
     # of the full_attention layers; chained ones choose their backend by the device
     _supports_sdpa = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": ChacalDecoderLayer, "attentions": ChacalAttention}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": ChacalDecoderLayer,
+        "attentions": ChacalAttention,
+        "effective_weights": OutputRecorder(ChacalAttention, index=2),
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -149,7 +169,7 @@ class ChacalModel(ChacalPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> ChacalModelOutputWithPast:
         """
         Args:
             input_ids: (B, n) tokens, or `inputs_embeds` (B, n, hidden_size).
@@ -158,6 +178,9 @@ class ChacalModel(ChacalPreTrainedModel):
                 starts a new packed sequence, which sees nothing of the others.
             past_key_values: a cache of earlier tokens, with this config's layers.
             use_cache: return the cache; `config.use_cache` if None.
+            output_effective_weights: a list of positions: return, of every layer, how much of the value of each token
+                the output of these is made of, over all hops (chacal 2.11), exactly and without an n x n matrix; True
+                for all of them, which is one. Not with a past.
 
         Raises:
             ValueError: on unknown tokens, embeddings that are not finite, a sequence without any token, more positions
@@ -198,7 +221,10 @@ class ChacalModel(ChacalPreTrainedModel):
                 past_key_values=past_key_values if segments is None else None,
                 position_ids=position_ids,
             )
-        if "chained_attention" in self.config.layer_types:
+        wanted = kwargs.get("output_effective_weights") or kwargs.get("effective_recorder") is not None
+        if wanted and isinstance(attention_mask, dict):
+            raise ValueError("Effective weights need an `attention_mask` of shape (B, n), not one for each layer.")
+        if "chained_attention" in self.config.layer_types or wanted:
             context = chain_context(attention_mask, past_key_values, segments, inputs_embeds)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb is not None else None
         hidden_states = inputs_embeds
@@ -213,7 +239,7 @@ class ChacalModel(ChacalPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
+        return ChacalModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
@@ -229,20 +255,25 @@ class ChacalModel(ChacalPreTrainedModel):
             check_finite(inputs_embeds=inputs_embeds)
         elif input_ids is not None and input_ids.device.type == "cpu":
             low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.vocab_size:
+            # not `vocab_size`, which resizing the embeddings of a model around this one leaves as it was
+            known = self.embed_tokens.num_embeddings
+            if low < 0 or high >= known:
                 raise ValueError(
-                    f"`input_ids` must lie in [0, {self.vocab_size - 1}], got [{low}, {high}]: does the tokenizer "
+                    f"`input_ids` must lie in [0, {known - 1}], got [{low}, {high}]: does the tokenizer "
                     "belong to another model?"
                 )
 
     def check_positions(self, position_ids: Tensor) -> None:
-        """Raise on positions beyond those the model has, unless its kind of rotary positions grows."""
+        """Raise on positions beyond those the model has, stretched or growing rotary positions included."""
         if self.rotary_emb is None or self.rotary_emb.rope_type == "dynamic" or torch.compiler.is_compiling():
             return
-        if position_ids.device.type == "cpu" and int(position_ids.max()) >= self.config.max_position_embeddings:
+        trained, rope = self.config.max_position_embeddings, self.config.rope_parameters
+        stretched = rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", trained)
+        limit = max(trained, int(stretched))
+        if position_ids.device.type == "cpu" and int(position_ids.max()) >= limit:
             raise ValueError(
-                f"The sequence reaches position {int(position_ids.max())}, but `max_position_embeddings` is "
-                f"{self.config.max_position_embeddings}: shorten it, or train a model with more positions."
+                f"The sequence reaches position {int(position_ids.max())}, but by `max_position_embeddings` and "
+                f"`rope_parameters` the model has {limit}: shorten it, or train a model with more positions."
             )
 
 
@@ -270,7 +301,7 @@ class ChacalForCausalLM(ChacalPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> ChacalCausalLMOutputWithPast:
         """As `ChacalModel.forward`; `labels` (B, n) are the tokens themselves, -100 where there is no loss."""
         outputs = self.model(
             input_ids=input_ids,
@@ -286,12 +317,13 @@ class ChacalForCausalLM(ChacalPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return ChacalCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            effective_weights=outputs.effective_weights,
         )
 
 
