@@ -58,11 +58,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import get_token
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import HfArgumentParser
 
 from hf_lip.data import image_to_tensor, load_image_dataset
+from hf_lip.hub import push_folder, require_pushable
 from hf_lip.models.certificate import weights_sha256
 from hf_lip.pipelines.transforms import pixel_transform
 from hf_lip.spectral.regularizer import LipschitzRegularizer
@@ -77,11 +78,12 @@ from hf_lip.training.run_folder import find_checkpoint, list_checkpoints, remove
 from hf_lip.training.splits import Split, read_split
 
 
-# what a push leaves at home: optimiser states and logs
-PRIVATE = ["checkpoint-*", ".checkpoint-*", "logs/*"]
-
-
 Arguments = tuple[DataArguments, ModelArguments, NoiseArguments, TrainingArguments]
+
+
+def repository(args: TrainingArguments) -> str:
+    """What --push_to_hub pushes to."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -98,7 +100,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         if args.push_to_hub:
             if not (args.hub_token or get_token()):
                 raise ValueError("--push_to_hub needs a token: run `hf auth login`, set HF_TOKEN or give --hub_token.")
-            HfApi(token=args.hub_token).whoami()
+            require_pushable(repository(args), args.hub_token)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return data, model, noise, args
@@ -248,11 +250,10 @@ def main(argv: list[str] | None = None) -> None:
         save_model(final_model, image_processor, output_dir)
         write_results(output_dir, final_model, metrics, state, batches, arguments, command, accelerator.num_processes)
         if args.push_to_hub:
-            api = HfApi(token=args.hub_token)
-            repo = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
             certified = "a certified" if hasattr(final_model, "certify") else "an"
             message = f"Upload {certified} image classifier"
-            api.upload_folder(repo_id=repo, folder_path=output_dir, ignore_patterns=PRIVATE, commit_message=message)
+            report = push_folder(output_dir, repository(args), token=args.hub_token, commit_message=message)
+            accelerator.print(f"Pushed {report.url}")
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         # gloo's thread needs the GIL to drop the last tensors; freeing the group would wait for it with the GIL held
