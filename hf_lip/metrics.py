@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of certified classification as plain functions on arrays, in float64.
 
-`radii` (N,) are certified l2 radii in pixels of [0, 1] (NaN: no certificate), `correct` (N,) says whether the
-prediction is the label. An abstention is passed as `correct = False` and radius 0, as in Cohen et al. 2019.
+`radii` (N,) are certified l2 radii in pixels of [0, 1], `correct` (N,) says whether the prediction is the label. An
+image without a certificate has radius 0, an abstention is moreover not correct, as in Cohen et al. 2019. NaN is an
+error everywhere: it is what a diverged model computes.
+
+`compute_certification_metrics` is for `transformers.Trainer(compute_metrics=...)`; `metric_path` gives the folders for
+`evaluate.load`.
 """
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +21,18 @@ from numpy.typing import ArrayLike, NDArray
 # the radii at which deterministic certificates are compared since Trockman and Kolter 2021
 STANDARD_RADII: dict[str, float] = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1.0": 1.0}
 
+_MODULES = Path(__file__).parent / "evaluate_modules"
+
 __all__ = [
     "STANDARD_RADII",
     "abstention_rate",
     "average_certified_radius",
+    "certification_metrics",
     "certified_accuracy",
     "certified_accuracy_curve",
     "certified_accuracy_envelope",
-    "evaluate_metric",
+    "compute_certification_metrics",
+    "metric_path",
     "probability_distribution",
 ]
 
@@ -30,17 +40,16 @@ __all__ = [
 def certified_accuracy(radii: ArrayLike, correct: ArrayLike, eps: float) -> float:
     """Fraction of all images that are `correct` with `radii > eps`, strictly: a ball is open at its radius.
 
-    At `eps = 0` an image with radius exactly 0 does not count; clean accuracy is the mean of `correct`. A NaN radius
-    counts as not certified.
+    At `eps = 0` an image with radius exactly 0 does not count; clean accuracy is the mean of `correct`.
 
     Raises:
-        ValueError: empty or unequal arrays, negative or infinite radii, `eps` negative or not finite.
+        ValueError: empty or unequal arrays, radii that are NaN, infinite or negative, `correct` that is neither True
+            nor False, `eps` negative or not finite.
     """
     radius, right = _validated(radii, correct)
     threshold = float(eps)
     if not np.isfinite(threshold) or threshold < 0:
         raise ValueError(f"`eps` must be a finite radius >= 0 (l2, pixels in [0, 1]), got {eps}.")
-    # a comparison with NaN is False: no certificate
     return float(np.mean(right & (radius > threshold)))
 
 
@@ -60,7 +69,7 @@ def certified_accuracy_curve(
         ValueError: as `certified_accuracy`.
     """
     radius, right = _validated(radii, correct)
-    certified = np.sort(radius[right & ~np.isnan(radius)])
+    certified = np.sort(radius[right])
     if eps is None:
         grid = np.unique(np.concatenate([[0.0], certified]))
     else:
@@ -124,70 +133,141 @@ def probability_distribution(p_lower: ArrayLike, num_bins: int = 20) -> dict[str
     }
 
 
-def evaluate_metric(eps: Mapping[str, float] | None = None) -> Any:
-    """The metrics of this module as an `evaluate.Metric`, for `add_batch(predictions=, references=, radii=)`.
-
-    `compute()` returns `clean_accuracy`, `certified_accuracy_at_NAME` for every entry of `eps` (by default
-    `STANDARD_RADII`), `average_certified_radius` and `abstention_rate`. A prediction of -1 is an abstention.
-
-    Raises:
-        ImportError: evaluate is not installed.
-    """
-    import datasets
-    import evaluate
-
-    thresholds = dict(STANDARD_RADII if eps is None else eps)
-
-    class CertifiedAccuracy(evaluate.Metric):
-        def _info(self) -> Any:
-            kinds = {"predictions": "int64", "references": "int64", "radii": "float64"}
-            return evaluate.MetricInfo(
-                description=evaluate_metric.__doc__ or "",
-                citation="",
-                features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
-            )
-
-        def _compute(self, predictions: Any, references: Any, radii: Any) -> dict[str, float]:
-            correct = np.asarray(predictions) == np.asarray(references)
-            return {
-                "clean_accuracy": float(correct.mean()),
-                **{f"certified_accuracy_at_{k}": certified_accuracy(radii, correct, v) for k, v in thresholds.items()},
-                "average_certified_radius": average_certified_radius(radii, correct),
-                "abstention_rate": abstention_rate(np.asarray(predictions) == -1),
-            }
-
-    return CertifiedAccuracy()
-
-
 def average_certified_radius(radii: ArrayLike, correct: ArrayLike) -> float:
-    """ACR of Zhai et al. 2020: mean over all images of radius * 1[correct]; a NaN radius counts as 0.
+    """ACR of Zhai et al. 2020: mean over all images of radius * 1[correct].
 
     Raises:
         ValueError: as `certified_accuracy`.
     """
     radius, right = _validated(radii, correct)
-    return float(np.mean(np.where(right & ~np.isnan(radius), radius, 0.0)))
+    return float(np.mean(np.where(right, radius, 0.0)))
 
 
 def abstention_rate(abstained: ArrayLike) -> float:
     """Fraction of images on which the certifier abstained; `abstained` (N,) holds booleans.
 
     Raises:
-        ValueError: empty array.
+        ValueError: empty array, or values that are neither True nor False.
     """
-    flags = np.asarray(abstained).reshape(-1).astype(bool)
+    flags = _booleans("abstained", abstained)
     if flags.size == 0:
         raise ValueError("`abstained` is empty: certify at least one image.")
     return float(np.mean(flags))
 
 
+def certification_metrics(
+    predictions: ArrayLike, references: ArrayLike, radii: ArrayLike, eps: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """All figures of a table of certified accuracy.
+
+    Args:
+        predictions: class of each image (N,), -1 for an abstention.
+        references: true class (N,).
+        radii: certified radii (N,); 0 for abstentions.
+        eps: name -> radius of the certified accuracies; by default `STANDARD_RADII`.
+
+    Returns:
+        `clean_accuracy`, `certified_accuracy_at_NAME` for every entry of `eps`, `average_certified_radius` and
+        `abstention_rate`.
+
+    Raises:
+        ValueError: as `certified_accuracy`; classes that are NaN or no integers, or references below 0.
+    """
+    guesses, truths = _classes("predictions", predictions), _classes("references", references)
+    if guesses.size != truths.size:
+        raise ValueError(f"`predictions` and `references` must be equally long, got {guesses.size} and {truths.size}.")
+    if truths.size and truths.min() < 0:
+        raise ValueError(f"`references` holds {truths.min()}: every image needs its class, a number >= 0.")
+    correct = guesses == truths
+    thresholds = STANDARD_RADII if eps is None else eps
+    return {
+        # first, as it checks that there is something to average
+        "average_certified_radius": average_certified_radius(radii, correct),
+        "clean_accuracy": float(correct.mean()),
+        **{f"certified_accuracy_at_{name}": certified_accuracy(radii, correct, at) for name, at in thresholds.items()},
+        "abstention_rate": abstention_rate(guesses == -1),
+    }
+
+
+def compute_certification_metrics(eval_prediction: Any) -> dict[str, float]:
+    """`compute_metrics` of `transformers.Trainer` for image classifiers with a certificate, at `STANDARD_RADII`.
+
+    ```python
+    Trainer(model=LipschitzVisionForImageClassification(config), compute_metrics=compute_certification_metrics, ...)
+    ```
+
+    Args:
+        eval_prediction: its `predictions` are the model's outputs `(logits (N, classes), certified_radius (N,), ...)`,
+            its `label_ids` the classes (N,).
+
+    Returns:
+        As [`certification_metrics`]; `Trainer` puts `eval_` before the names.
+
+    Raises:
+        ValueError: outputs without radii, NaN logits, else as [`certification_metrics`].
+    """
+    outputs = eval_prediction.predictions
+    if not isinstance(outputs, (tuple, list)) or len(outputs) < 2 or np.ndim(outputs[1]) != 1:
+        raise ValueError(
+            "`predictions` hold no radii: `compute_certification_metrics` is for models with a certificate "
+            "(LipschitzVisionForImageClassification); for others use accuracy, and certify by smoothing."
+        )
+    logits = np.asarray(outputs[0])
+    if logits.ndim != 2 or np.isnan(logits).any():
+        raise ValueError(
+            f"`logits` must be (N, classes) without NaN, got shape {logits.shape}: has training diverged?"
+        )
+    return certification_metrics(logits.argmax(axis=1), eval_prediction.label_ids, outputs[1])
+
+
+def metric_path(name: str) -> str:
+    """Folder of one of this package's metrics for `evaluate.load`, which then needs no network.
+
+    ```python
+    metric = evaluate.load(hf_lip.metric_path("certified_accuracy"))
+    metric.compute(predictions=[3, 1], references=[3, 2], radii=[0.4, 0.1], eps=0.25)  # {"certified_accuracy": 0.5}
+    ```
+
+    Args:
+        name: `certified_accuracy`, `average_certified_radius` or `entity_tracking_exact_match`.
+
+    Raises:
+        ValueError: another name.
+    """
+    names = sorted(path.stem for path in _MODULES.glob("*/*.py"))
+    if name not in names:
+        raise ValueError(f"Unknown metric {name!r}: the metrics of hf_lip are {', '.join(names)}.")
+    return str(_MODULES / name)
+
+
 def _validated(radii: ArrayLike, correct: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     radius = np.asarray(radii, dtype=np.float64).reshape(-1)
-    right = np.asarray(correct).reshape(-1)
+    right = _booleans("correct", correct)
     if radius.size == 0:
         raise ValueError("`radii` is empty: certify at least one image.")
     if right.size != radius.size:
         raise ValueError(f"`radii` and `correct` must be equally long, got {radius.size} and {right.size}.")
-    if np.any(radius < 0) or np.any(np.isinf(radius)):
-        raise ValueError("`radii` must be finite and >= 0; give abstentions radius 0 and `correct = False`.")
-    return radius, right.astype(bool)
+    if not np.all((radius >= 0) & (radius < math.inf)):
+        place = int(np.flatnonzero(~((radius >= 0) & (radius < math.inf)))[0])
+        raise ValueError(
+            f"`radii` must be finite and >= 0, got {radius[place]} at entry {place}; give abstentions radius 0 and "
+            "`correct = False`."
+        )
+    return radius, right
+
+
+def _booleans(name: str, values: ArrayLike) -> NDArray[np.bool_]:
+    given = np.asarray(values).reshape(-1)
+    # bool(NaN) is True
+    if given.dtype != bool and given.size and not np.isin(given, (0, 1)).all():
+        raise ValueError(f"`{name}` must hold True or False, got {given[~np.isin(given, (0, 1))][0]}.")
+    return given.astype(bool)
+
+
+def _classes(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    given = np.asarray(values).reshape(-1)
+    numbers = given.astype(np.float64) if given.dtype.kind in "iuf" else np.full(given.shape, math.nan)
+    wrong = np.flatnonzero(~(numbers == np.round(numbers)) | (numbers < -1) | np.isinf(numbers))
+    if wrong.size:
+        raise ValueError(f"`{name}` has {given.tolist()[wrong[0]]} at entry {wrong[0]}, which is no class number.")
+    return numbers.astype(np.int64)

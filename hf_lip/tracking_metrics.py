@@ -22,6 +22,8 @@ _IGNORED = -100
 
 __all__ = [
     "DepthScore",
+    "compute_tracking_metrics",
+    "entity_tracking_exact_match",
     "exact_match",
     "exact_match_by_depth",
     "exact_matches",
@@ -112,6 +114,86 @@ def whole_state_accuracy(
     return sum(all_right.values()) / len(all_right)
 
 
+def entity_tracking_exact_match(
+    predictions: Any,
+    references: Any,
+    *,
+    depths: Any = None,
+    states: Iterable[Hashable] | None = None,
+    kind: Literal["equal", "contents"] = "equal",
+) -> dict[str, float]:
+    """All figures of a table of entity tracking.
+
+    Args:
+        predictions, references, kind: as for `exact_matches`.
+        depths: as for `exact_match_by_depth`.
+        states: as for `whole_state_accuracy`.
+
+    Returns:
+        `exact_match`; with `depths` also `exact_match_at_depth_D` for each depth D that occurs, the smallest first,
+        without -1; with `states` also `whole_state_accuracy`.
+
+    Raises:
+        ValueError: as those three.
+    """
+    figures = {"exact_match": exact_match(predictions, references, kind=kind)}
+    if depths is not None:
+        scores = exact_match_by_depth(predictions, references, depths, kind=kind)
+        figures |= {f"exact_match_at_depth_{depth}": score.accuracy for depth, score in scores.items() if depth >= 0}
+    if states is not None:
+        figures["whole_state_accuracy"] = whole_state_accuracy(predictions, references, states, kind=kind)
+    return figures
+
+
+def compute_tracking_metrics(
+    eval_prediction: Any, *, causal: bool = True, per: Literal["token", "row"] = "token"
+) -> dict[str, float]:
+    """`compute_metrics` of `transformers.Trainer` for models that answer with tokens or classes.
+
+    ```python
+    Trainer(model=ChacalForCausalLM(config), compute_metrics=compute_tracking_metrics, ...)
+    of_tokens = partial(compute_tracking_metrics, causal=False)
+    Trainer(model=ChacalForTokenClassification(config), compute_metrics=of_tokens, ...)
+    ```
+
+    With `TrainingArguments(label_names=["labels", "hops"])` there is a figure for every depth. What Trainer keeps of
+    all logits is smaller with `preprocess_logits_for_metrics=lambda logits, labels: predicted_tokens(logits)`.
+
+    Args:
+        eval_prediction: its `predictions` are logits (B, n, vocabulary) or (B, classes), or token ids of the shape of
+            the labels; its `label_ids` are the labels, -100 where there is no answer, or (labels, depths).
+        causal: logits (B, n, vocabulary) are of the next token, as those of a causal language model.
+        per: `token`: every label is an answer. `row`: an answer is all labels of a row, such as a text and its end;
+            it is right where all are, which is so exactly where greedy generation gives it. Depths are then (B,).
+
+    Returns:
+        As `entity_tracking_exact_match`; `Trainer` puts `eval_` before the names.
+
+    Raises:
+        ValueError: NaN logits, shapes that do not fit, an unknown `per`, else as `entity_tracking_exact_match`.
+    """
+    if per not in ("token", "row"):
+        raise ValueError(f"`per` must be 'token' or 'row', got {per!r}.")
+    labels, depths = eval_prediction.label_ids, None
+    if isinstance(labels, tuple):
+        if len(labels) != 2:
+            raise ValueError(f"`label_ids` must be labels or (labels, depths), got {len(labels)} arrays.")
+        labels, depths = labels
+    outputs = eval_prediction.predictions
+    outputs = np.asarray(outputs[0] if isinstance(outputs, (tuple, list)) else outputs)
+    if outputs.dtype.kind == "f":
+        outputs = _chosen(outputs, causal)
+    labels = np.asarray(labels)
+    if per == "row":
+        right, answered = _compared(outputs, labels, "equal")
+        wrong = np.zeros(answered.shape, dtype=bool)
+        wrong[answered] = ~right
+        rows = tuple(range(1, wrong.ndim))
+        outputs = (~wrong.any(axis=rows)).astype(np.int64)
+        labels = np.where(answered.any(axis=rows), 1, _IGNORED)
+    return entity_tracking_exact_match(outputs, labels, depths=depths)
+
+
 def predicted_tokens(logits: Tensor) -> Tensor:
     """What a causal model predicts for every token: logits (B, n, vocabulary) -> ids (B, n), aligned with labels.
 
@@ -139,6 +221,17 @@ def minimal_layers(num_state_changes: int) -> int:
         raise ValueError(f"`num_state_changes` must be an integer >= 0, got {num_state_changes}.")
     # exact where a logarithm of floats is not
     return int(num_state_changes).bit_length()
+
+
+def _chosen(logits: NDArray[Any], causal: bool) -> NDArray[np.int64]:
+    """Token ids or classes of logits, in the places of their labels."""
+    if causal and logits.ndim == 3:
+        return predicted_tokens(torch.from_numpy(logits)).numpy()
+    if logits.ndim not in (2, 3):
+        raise ValueError(f"`predictions` must be logits (B, n, vocabulary) or (B, classes), got {logits.shape}.")
+    if np.isnan(logits).any():
+        raise ValueError("`logits` has NaN: the model has diverged, or its input had NaN.")
+    return logits.argmax(axis=-1)
 
 
 def _compared(predictions: Any, references: Any, kind: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

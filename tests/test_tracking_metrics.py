@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import torch
 from hf_lip.data import BoxesTask, tracking_dataset
 from hf_lip.tracking_metrics import (
     DepthScore,
+    compute_tracking_metrics,
+    entity_tracking_exact_match,
     exact_match,
     exact_match_by_depth,
     exact_matches,
@@ -81,6 +85,41 @@ def test_columns_of_a_data_set():
     assert all(score.accuracy == 1.0 for depth, score in scores.items() if depth)
 
 
+def test_all_figures_of_a_table():
+    figures = entity_tracking_exact_match(GUESSES, TRUTHS, depths=[0, -1, 0], states=[1, 2, 2], kind="contents")
+    assert figures == {"exact_match": 2 / 3, "exact_match_at_depth_0": 0.5, "whole_state_accuracy": 0.5}
+    assert entity_tracking_exact_match([1, 2], [1, 3]) == {"exact_match": 0.5}
+
+
+LABELS = np.array([[-100, 4, 5], [-100, 6, -100], [-100, -100, -100]])
+HOPS = np.array([[-1, 0, 1], [-1, 1, -1], [-100, -100, -100]])
+
+
+def outputs(predictions, label_ids):
+    return SimpleNamespace(predictions=predictions, label_ids=label_ids)
+
+
+def test_compute_metrics_of_a_causal_model():
+    chosen = np.array([[4, 7, 2], [6, 3, 5], [0, 0, 0]])
+    logits = np.eye(9, dtype=np.float32)[chosen]
+    expected = {"exact_match": 2 / 3, "exact_match_at_depth_0": 1.0, "exact_match_at_depth_1": 0.5}
+    assert compute_tracking_metrics(outputs(logits, (LABELS, HOPS))) == pytest.approx(expected)
+    ids = predicted_tokens(torch.from_numpy(logits)).numpy()
+    assert compute_tracking_metrics(outputs(ids, (LABELS, HOPS))) == pytest.approx(expected)
+    assert compute_tracking_metrics(outputs((logits, None), LABELS)) == {"exact_match": pytest.approx(2 / 3)}
+    # a row is right where all of its tokens are; one without labels is no answer
+    rows = partial(compute_tracking_metrics, per="row")
+    assert rows(outputs(logits, LABELS)) == {"exact_match": 0.5}
+    by_depth = {"exact_match": 0.5, "exact_match_at_depth_3": 0.0, "exact_match_at_depth_5": 1.0}
+    assert rows(outputs(logits, (LABELS, np.array([3, 5, 7])))) == by_depth
+
+
+def test_compute_metrics_of_classifiers():
+    logits = np.eye(9)[[[0, 4, 5], [0, 6, 0], [1, 1, 1]]]
+    assert compute_tracking_metrics(outputs(logits, LABELS), causal=False) == {"exact_match": 1.0}
+    assert compute_tracking_metrics(outputs(logits[0], np.array([0, 4, 7]))) == {"exact_match": pytest.approx(2 / 3)}
+
+
 def test_least_layers_of_the_theorem():
     expected = {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 7: 3, 8: 4, 15: 4, 16: 5, 31: 5, 32: 6, 63: 6, 64: 7, 127: 7}
     assert {changes: minimal_layers(changes) for changes in expected} == expected
@@ -115,6 +154,15 @@ def test_least_layers_of_the_theorem():
         (lambda: exact_match_by_depth(["a"], ["a"], [-2]), ">= -1"),
         (lambda: whole_state_accuracy(["a"], ["a"], []), "`states`"),
         (lambda: whole_state_accuracy([], [], []), "no answer"),
+        (lambda: entity_tracking_exact_match([], []), "no answer"),
+        (lambda: entity_tracking_exact_match([1], [1, 2]), "equally long"),
+        (lambda: entity_tracking_exact_match([math.nan], [1]), "`predictions`.* nan"),
+        (lambda: compute_tracking_metrics(outputs(np.full((1, 3, 9), np.nan), LABELS[:1])), "has NaN"),
+        (lambda: compute_tracking_metrics(outputs(np.full((1, 9), np.nan), [0])), "has NaN"),
+        (lambda: compute_tracking_metrics(outputs(np.ones(3), LABELS[:1])), "must be logits"),
+        (lambda: compute_tracking_metrics(outputs(LABELS[:2], LABELS[:1])), "equally long"),
+        (lambda: compute_tracking_metrics(outputs(LABELS, (LABELS, HOPS, HOPS))), "got 3 arrays"),
+        (lambda: compute_tracking_metrics(outputs(LABELS, LABELS), per="text"), "`per`"),
     ],
 )
 def test_bad_input(call, message):

@@ -3,10 +3,13 @@
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
+from ..card_text import CARD_NAME, card_text, kept_metadata, markdown_table, rounded_up
 from .rescale_report import REPORT_NAME, RescaledLayer, RescaleReport
-from .rewrite import CARD_NAME
+
+
+KEPT = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "language", "datasets")
 
 
 def write_card(report: RescaleReport, original: Path, folder: Path) -> None:
@@ -25,7 +28,6 @@ def write_card(report: RescaleReport, original: Path, folder: Path) -> None:
     )
     notes = "\n".join(f"- {note}" for note in _notes(report))
     parts = [
-        f"---\n{_card_data(report, original).to_yaml()}\n---",
         f"# {report.source}, norms at most {report.settings.to:g}",
         _summary(report),
         _table(report),
@@ -34,29 +36,18 @@ def write_card(report: RescaleReport, original: Path, folder: Path) -> None:
         _how(report),
         notes,
     ]
-    ModelCard("\n\n".join(part for part in parts if part) + "\n").save(folder / CARD_NAME)
+    (folder / CARD_NAME).write_text(card_text(_card_data(report, original), parts), encoding="utf-8")
 
 
 def _table(report: RescaleReport) -> str:
     folded = any(layer.folded is not None for layer in report.layers)
     middle = ["with batch norm"] if folded else []
     header = ["layer", "shape", "size", "norm before", *middle, "norm after", "factor"]
-    rows = [_row(layer, folded) for layer in report.layers]
-    return "\n".join([f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}", *rows])
+    return markdown_table(header, [_row(layer, folded) for layer in report.layers])
 
 
 def _card_data(report: RescaleReport, original: Path) -> ModelCardData:
-    kept: dict = {}
-    path = original / CARD_NAME
-    if path.is_file():
-        # a card may have no metadata, or metadata that is damaged
-        try:
-            data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-        except ValueError:
-            data = {}
-        for key in ("license", "license_name", "license_link", "pipeline_tag", "library_name", "language", "datasets"):
-            if key in data:
-                kept[key] = data[key]
+    kept = kept_metadata(original / CARD_NAME, KEPT)
     if report.commit is not None:
         kept["base_model"] = report.source
         kept["base_model_relation"] = "finetune"
@@ -68,8 +59,8 @@ def _summary(report: RescaleReport) -> str:
     mode = "one factor a layer" if settings.mode == "sn" else "one factor an output channel"
     text = (
         f"A rescaled copy of `{report.source}`: the certified spectral norm of each of the {len(report.layers)} "
-        f"layers below is at most {settings.to:g} (largest before: {_up(report.largest_before)}, after: "
-        f"{_up(report.largest_after)}; {report.num_changed} layers changed, {mode})."
+        f"layers below is at most {settings.to:g} (largest before: {rounded_up(report.largest_before)}, after: "
+        f"{rounded_up(report.largest_after)}; {report.num_changed} layers changed, {mode})."
     )
     if report.logits_exponent is None:
         return f"{text} The network computes something else than the original."
@@ -81,19 +72,13 @@ def _summary(report: RescaleReport) -> str:
     )
 
 
-def _row(layer: RescaledLayer, folded: bool) -> str:
+def _row(layer: RescaledLayer, folded: bool) -> list[str]:
     smallest, largest = layer.factors
     factor = f"{largest:.4g}" if smallest == largest else f"{smallest:.4g} to {largest:.4g}"
     size = "" if not layer.kind.startswith("conv") else "x".join(map(str, layer.input_size or ("all",)))
-    middle = [_up(layer.folded.upper) if layer.folded is not None else ""] if folded else []
-    cells = [f"`{layer.name}`", "x".join(map(str, layer.shape)), size, _up(layer.before.upper), *middle]
-    return f"| {' | '.join([*cells, _up(layer.after.upper), factor])} |"
-
-
-def _up(value: float) -> str:
-    """Six digits, never below the value."""
-    text = f"{value:.6g}"
-    return text if float(text) >= value else f"{value * (1 + 1e-5):.6g}"
+    middle = [rounded_up(layer.folded.upper) if layer.folded is not None else ""] if folded else []
+    cells = [f"`{layer.name}`", "x".join(map(str, layer.shape)), size, rounded_up(layer.before.upper), *middle]
+    return [*cells, rounded_up(layer.after.upper), factor]
 
 
 def _how(report: RescaleReport) -> str:

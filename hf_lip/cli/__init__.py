@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
+from hf_lip.cli.card_command import card
 from hf_lip.cli.certify_command import certify
 from hf_lip.cli.convert_attention_command import convert_attention
+from hf_lip.cli.push_command import push
 from hf_lip.cli.report_command import report
 from hf_lip.cli.rescale_command import rescale
 from hf_lip.cli.spectrum_command import spectrum
+from hf_lip.cli.track_command import track
 from hf_lip.cli.verify_command import verify
 
 
@@ -45,9 +48,12 @@ def _main(
     pass
 
 
+app.command()(card)
 app.command()(certify)
 app.command()(convert_attention)
+app.command()(push)
 app.command()(report)
 app.command()(rescale)
 app.command()(spectrum)
+app.command()(track)
 app.command()(verify)

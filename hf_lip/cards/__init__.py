@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model cards whose numbers can be checked: written from the files of the evaluations, and evaluated again."""
+
+from .check import CardCheck, CheckedFigure, check_card
+from .writer import UnmeasuredNumberError, write_card
+
+
+__all__ = ["CardCheck", "CheckedFigure", "UnmeasuredNumberError", "check_card", "write_card"]
