@@ -7,6 +7,8 @@ for rounding too.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,18 @@ class ExactModule(LipschitzModule):
         return norm, error
 
 
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's own parameters are whole also where they are sharded (FSDP). All processes must enter."""
+    sharded = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "full_tensor")}
+    for name, tensor in sharded.items():
+        module._parameters[name] = nn.Parameter(tensor.full_tensor(), requires_grad=False)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        module._parameters.update(sharded)
+
+
 class RescaledModule(LipschitzModule):
     """A layer whose plain `weight` is divided by a positive `rescaling` so that the result is 1-Lipschitz.
 
@@ -102,12 +116,13 @@ class RescaledModule(LipschitzModule):
         Raises:
             ValueError: if the weights are not finite.
         """
-        if not torch.isfinite(self.weight).all():
-            raise ValueError(
-                f"The weight of {type(self).__name__} holds NaN or infinite values: training has diverged or the "
-                "checkpoint is damaged. Load an earlier checkpoint or train again with a smaller learning rate."
-            )
-        value = self.certified_rescaling() * (1.0 + RESCALING_MARGIN)
+        with whole_parameters(self):
+            if not torch.isfinite(self.weight).all():
+                raise ValueError(
+                    f"The weight of {type(self).__name__} holds NaN or infinite values: training has diverged or the "
+                    "checkpoint is damaged. Load an earlier checkpoint or train again with a smaller learning rate."
+                )
+            value = self.certified_rescaling() * (1.0 + RESCALING_MARGIN)
         stored = round_up(value, self.rescaling.dtype)
         if not torch.isfinite(stored).all():
             raise ValueError(

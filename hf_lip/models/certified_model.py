@@ -12,12 +12,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, logging, output_capturing
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .. import __version__
-from ..layers.base import RescaledModule
+from ..layers.base import LipschitzModule, RescaledModule
 from .certificate import CERTIFICATE_NAME, LipschitzCertificate, weights_sha256
+from .hub_model import PushableModel, hub_arguments_of
 
 
 logger = logging.get_logger(__name__)
@@ -87,7 +88,26 @@ def optional_file(source: str, name: str, hub_arguments: dict[str, Any]) -> str 
     )
 
 
-class CertifiedPreTrainedModel(PreTrainedModel):
+def foreign_hooks(module: torch.nn.Module) -> tuple:
+    """Forward hooks, but for those with which transformers records hidden states."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return tuple(hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__)
+
+
+def foreign_forward(module: torch.nn.Module) -> Any:
+    """A `forward` put on the instance, but for accelerate's, which moves inputs to the module's device."""
+    forward = vars(module).get("forward")
+    moved = getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+    if moved and getattr(module._old_forward, "__func__", None) is type(module).forward:
+        return None
+    return forward
+
+
+class CheckpointMismatchError(ValueError, RuntimeError):
+    """The tensors do not fit the model. Also a `RuntimeError`, which is what transformers raises for wrong sizes."""
+
+
+class CertifiedPreTrainedModel(PushableModel, PreTrainedModel):
     """`PreTrainedModel` whose checkpoints are complete, finite, safetensors only, and written atomically."""
 
     #: what the names of the head's tensors begin with: all that `ignore_mismatched_sizes` may initialise anew
@@ -113,13 +133,51 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         sums = [tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()]).sum() for tensor in tensors]
         return kinds, tuple(torch.stack([value.to("cpu", torch.int64) for value in sums]).tolist())
 
-    def require_loaded_tensors(self) -> None:
-        """Raise if tensors are offloaded, since what is not in memory can not be certified."""
-        for name, tensor in self.state_dict().items():
+    def unfit_tensor(self) -> str | None:
+        """What keeps a tensor from being certified: a certificate is for floats in memory. None if nothing does."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if tensor.is_meta:
-                raise ValueError(
+                return (
                     f"{name} is offloaded and has no data in memory: load the model without disk offload to certify "
                     "it."
+                )
+            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.is_floating_point():
+                return (
+                    f"{name} is a {type(tensor).__name__} of {tensor.dtype}, sharded or quantised, and is not "
+                    "certified: gather the full weights into a model that is neither, or pass "
+                    "`output_certified_radius=False`."
+                )
+        return None
+
+    def require_plain_tensors(self) -> None:
+        """Raise if tensors are offloaded, sharded or quantised."""
+        problem = self.unfit_tensor()
+        if problem is not None:
+            raise ValueError(problem)
+
+    def structure(self) -> dict[str, tuple]:
+        """Type, settings, hooks and replaced `forward` of every module, by name: what adapters and wrappers change."""
+        return {
+            name: (
+                type(module),
+                module.extra_repr() if isinstance(module, LipschitzModule) else "",
+                *foreign_hooks(module),
+                # around the whole model anything may be wrapped: its certificate is for what it computes itself
+                foreign_forward(module) if name else None,
+            )
+            for name, module in self.named_modules()
+        }
+
+    def require_structure(self, built: dict[str, tuple]) -> None:
+        """Raise unless the modules are those that were built from the config."""
+        structure = self.structure()
+        for name in (*built, *structure):
+            if structure.get(name) != built.get(name):
+                kind = structure[name][0].__name__ if name in structure else "missing"
+                raise ValueError(
+                    f"`{name}` ({kind}) is not what the model was built with: an adapter, a wrapper, a hook or a "
+                    "parametrisation may compute something else, so there is no certificate. Merge or unload adapters "
+                    "(`merge_and_unload()` in PEFT), remove hooks, or pass `output_certified_radius=False`."
                 )
 
     def require_finite(self, source: str) -> None:
@@ -138,20 +196,23 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         errors; the certificate beside the weights is checked against them.
 
         `ignore_mismatched_sizes=True` allows a new head (fine-tuning): missing and mismatched tensors of the head are
-        then initialised.
+        then initialised. With None for the checkpoint, `config` and `state_dict` are it.
 
         Raises:
             ValueError: naming the file or tensor and the remedy.
+            CheckpointMismatchError: a ValueError and RuntimeError, if tensors are missing, unexpected or misshapen.
         """
-        source = str(pretrained_model_name_or_path)
+        in_memory = pretrained_model_name_or_path is None
+        source = "`state_dict`" if in_memory else str(pretrained_model_name_or_path)
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("`use_safetensors=False` is not supported: pickled weights can run code.")
-        folder = Path(source) / kwargs.get("subfolder", "")
-        finish_interrupted_save(folder)
-        refuse_pickle(folder)
+        if not in_memory:
+            folder = Path(source) / kwargs.get("subfolder", "")
+            finish_interrupted_save(folder)
+            refuse_pickle(folder)
         return_info = kwargs.pop("output_loading_info", False)
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        if not Path(source).is_dir():
+        if not in_memory and not Path(source).is_dir():
             # one commit for the weights and their certificate, even if a push comes between the downloads
             config_file = optional_file(source, CONFIG_NAME, hub_arguments)
             commit = extract_commit_hash(config_file, None)
@@ -161,7 +222,11 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             loaded: Any = super().from_pretrained(
-                source, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                None if in_memory else source,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
             )
         except SafetensorError as error:
             raise ValueError(
@@ -177,13 +242,13 @@ class CertifiedPreTrainedModel(PreTrainedModel):
             problems[kind] = {name for name in problems[kind] if not (new_head and name.startswith(cls.head_prefix))}
         if any(problems.values()):
             listing = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names)
-            raise ValueError(
+            raise CheckpointMismatchError(
                 f"The weights in {source} do not fit {cls.__name__} with its config ({listing}). Nothing is dropped "
                 "or initialised silently: use the checkpoint's own config, or `ignore_mismatched_sizes=True` to give "
                 "it a new head."
             )
         model.require_finite(source)
-        if not info["missing_keys"] and not info["mismatched_keys"]:
+        if not in_memory and not info["missing_keys"] and not info["mismatched_keys"]:
             model.adopt_certificate(source, hub_arguments)
         return (model, info) if return_info else model
 
@@ -194,6 +259,9 @@ class CertifiedPreTrainedModel(PreTrainedModel):
             return
         path = optional_file(source, CERTIFICATE_NAME, hub_arguments)
         if path is None:
+            return
+        if getattr(self, "hf_quantizer", None) is not None:
+            logger.warning(f"{source} is quantised while it is loaded: its certificate is for other weights.")
             return
         certificate = LipschitzCertificate.load(path)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -217,16 +285,22 @@ class CertifiedPreTrainedModel(PreTrainedModel):
         **kwargs,
     ) -> None:
         """As in transformers, with the certificate beside the weights. Files are written aside and then moved over
-        the old ones, so that a kill during the save leaves the old checkpoint."""
+        the old ones, so that a kill during the save leaves the old checkpoint.
+
+        A sharded model (FSDP) is saved from the whole weights, passed as `state_dict`, and certified for them.
+        """
         self.freeze()
         if not is_main_process:
             return
+        if state_dict is not None and any(hasattr(tensor, "full_tensor") for tensor in self.parameters()):
+            whole = type(self)(self.config)
+            whole.load_state_dict(state_dict)
+            return whole.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         target = Path(save_directory)
         if target.is_file():
             raise NotADirectoryError(f"`save_directory` {target} is a file.")
         target.mkdir(parents=True, exist_ok=True)
-        hub_keys = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
-        hub_arguments = {name: kwargs.pop(name) for name in hub_keys if name in kwargs}
+        hub_arguments = hub_arguments_of(kwargs)
         finish_interrupted_save(target)
         for abandoned in target.glob(f"{STAGING_PREFIX}*"):
             shutil.rmtree(abandoned)

@@ -6,6 +6,8 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..shim import InstalledSettings
+
 
 PUBLISHED_WIDTHS = (16, 32, 64)
 # the usual constants of the public CIFAR checkpoints (those of ImageNet)
@@ -14,7 +16,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 @strict
-class CifarResNetConfig(PreTrainedConfig):
+class CifarResNetConfig(InstalledSettings, PreTrainedConfig):
     r"""
     Configuration of a ResNet for small images: normalisation, a 3x3 convolution, three stages of basic blocks with
     parameter-free shortcuts, global average pooling, a linear head. The defaults give ResNet-20.

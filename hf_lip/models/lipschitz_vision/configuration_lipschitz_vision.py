@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..shim import InstalledSettings
+
 
 BLOCK_TYPES = ("cpl", "sll", "aol", "sr")
 RESIDUAL_BLOCK_TYPES = ("cpl", "sll")
@@ -88,7 +90,7 @@ LIPSCHITZ_VISION_SIZES: dict[str, dict[str, Any]] = {
 
 
 @strict
-class LipschitzVisionConfig(BackboneConfigMixin, PreTrainedConfig):
+class LipschitzVisionConfig(InstalledSettings, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a 1-Lipschitz image network: normalisation, convolutional stages, dense neck, linear head. The
     defaults give the published CPL network of size S.

@@ -8,12 +8,14 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from ..shim import InstalledSettings
+
 
 class LipschitzVisionImageProcessorKwargs(ImagesKwargs, total=False):
     num_channels: int
 
 
-class LipschitzVisionImageProcessorPil(PilBackend):
+class LipschitzVisionImageProcessorPil(InstalledSettings, PilBackend):
     """Images -> `pixel_values` (B, C, H, W) in [0, 1].
 
     8-bit images are divided by 255; floating-point arrays must lie in [0, 1] already and are passed on. Normalisation

@@ -37,8 +37,8 @@ class LipschitzImageClassifierOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`).
         certified_radius (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): radius, l2 on pixels in [0, 1],
             inside which the label of `logits` cannot change. Absent in training mode.
-        lipschitz_constant (`torch.DoubleTensor` of shape `()`, *optional*): certified bound of pixels -> logits, l2
-            to l2.
+        lipschitz_constant (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): certified bound of pixels ->
+            logits, l2 to l2; the same for every image, and one each since pipelines take batches apart.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): stem and stages.
     """
 
@@ -65,6 +65,14 @@ class LipschitzVisionPreTrainedModel(CertifiedPreTrainedModel):
             module.initial_bias = self.config.initial_bias
         if isinstance(module, LipschitzModule) and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
+
+    def checkpointable(self, hidden_states: Tensor) -> Tensor:
+        """What gradient checkpointing needs where no parameter comes before the first block: reentrant checkpoints
+        give its weights no gradient unless its input takes one."""
+        wanted = self.training and torch.is_grad_enabled() and not hidden_states.requires_grad
+        if wanted and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            return hidden_states.detach().requires_grad_()
+        return hidden_states
 
     def check_pixel_values(self, pixel_values: Tensor) -> None:
         """Raise unless `pixel_values` is a non-empty floating-point batch of the model's image shape."""
@@ -111,7 +119,7 @@ class LipschitzVisionModel(LipschitzVisionPreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndNoAttention:
         """Runs in the dtype of `pixel_values`; weights are cast to it exactly or upwards."""
         self.check_pixel_values(pixel_values)
-        hidden_states = self.stem(pixel_values)
+        hidden_states = self.checkpointable(self.stem(pixel_values))
         for stage in self.stages:
             hidden_states = stage(hidden_states)
         return BaseModelOutputWithPoolingAndNoAttention(
@@ -137,13 +145,13 @@ class LipschitzVisionBackbone(BackboneMixin, LipschitzVisionPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         self.check_pixel_values(pixel_values)
-        hidden_states = self.stem(pixel_values)
+        hidden_states = self.checkpointable(self.stem(pixel_values))
         maps = [hidden_states]
         for stage in self.stages:
             hidden_states = stage(hidden_states)
             maps.append(hidden_states)
         selected = tuple(feature for name, feature in zip(self.stage_names, maps) if name in self.out_features)
-        return BackboneOutput(feature_maps=selected)
+        return BackboneOutput(feature_maps=selected)  # type: ignore[arg-type]
 
 
 class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
@@ -172,6 +180,7 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
         self._certified_state: tuple = ()
         self._pair_distances: Tensor | None = None
         self.post_init()
+        self._structure = self.structure()
 
     def nodes(self) -> Nodes:
         """Every part in front of the head, with its name in the checkpoint."""
@@ -180,17 +189,17 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
 
     @property
     def certificate(self) -> LipschitzCertificate | None:
-        """The certificate, if there is one and no tensor was replaced, cast or written to since."""
-        if self._certified is None or self._certified_state != self.tensor_state():
+        """The certificate, if there is one and no tensor or module was replaced, cast or written to since."""
+        if self._certified is None or self.unfit_tensor() is not None:
             return None
-        return self._certified
+        return self._certified if self._certified_state == (self.structure(), *self.tensor_state()) else None
 
     def attach_certificate(self, certificate: LipschitzCertificate, source: str | None = None) -> None:
         """Keep a certificate for the weights as they are now. One read from `source` is only stated: it is proved
         afresh, and refused if false, before the first radius is issued."""
         self._certified = certificate
         self._stated_in = source
-        self._certified_state = self.tensor_state()
+        self._certified_state = (self.structure(), *self.tensor_state())
         self._pair_distances = self.classifier.pair_distances()
 
     def certify(self, progress: bool = False) -> LipschitzCertificate:
@@ -200,7 +209,8 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
             progress: show a progress bar over the layers.
 
         Raises:
-            ValueError: if a weight is not finite, or the config was changed after the model was built from it.
+            ValueError: if a weight is not finite, offloaded, sharded or quantised, or if the config or a module was
+                changed after the model was built.
         """
         certificate = self.compute_certificate(progress)
         self.attach_certificate(certificate)
@@ -209,7 +219,8 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
     @torch.no_grad()
     def compute_certificate(self, progress: bool = False) -> LipschitzCertificate:
         """As `certify`, without keeping the result."""
-        self.require_loaded_tensors()
+        self.require_plain_tensors()
+        self.require_structure(self._structure)
         if self.config.architecture() != self._architecture:
             raise ValueError("The config was changed after the model was built from it: build a new model from it.")
         self.freeze()
@@ -288,6 +299,24 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
                 "`output_certified_radius=False`."
             )
 
+    def certified_outputs(
+        self, pixel_values: Tensor, certificate: LipschitzCertificate, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[BaseModelOutputWithPoolingAndNoAttention, Tensor, Tensor]:
+        """Features, logits and radii, evaluated in float64. The certificate must be that of the weights as is."""
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            outputs = self.lipschitz_vision(pixel_values.double(), **kwargs)
+            logits = self.classifier(outputs.pooler_output)
+        out_dtype = torch.promote_types(self.dtype, torch.float32)
+        _, radius = certified_radius(
+            logits,
+            self._pair_distances,
+            certificate.feature_constant,
+            certificate.evaluation_error,
+            output_roundoff=torch.finfo(out_dtype).eps / 2,
+            head_norm=certificate.head["norm"],
+        )
+        return outputs, logits.to(out_dtype), radius
+
     @can_return_tuple
     def forward(
         self,
@@ -305,23 +334,16 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
         certified = not self.training if output_certified_radius is None else output_certified_radius
         if certified and self.training:
             raise ValueError("`output_certified_radius` needs evaluation mode: call `model.eval()` first.")
+        if certified and torch.compiler.is_exporting():
+            raise ValueError(
+                "A radius needs its certificate checked at every call, which an exported graph does not do: use "
+                "`hf_lip.export_certified(model)`, or pass `output_certified_radius=False`."
+            )
         self.check_pixel_values(pixel_values)
         if certified:
             certificate = self.proved_certificate(pixel_values)
-            with torch.autocast(pixel_values.device.type, enabled=False):
-                outputs = self.lipschitz_vision(pixel_values.double(), **kwargs)
-                logits = self.classifier(outputs.pooler_output)
-            out_dtype = torch.promote_types(self.dtype, torch.float32)
-            _, radius = certified_radius(
-                logits,
-                self._pair_distances,
-                certificate.feature_constant,
-                certificate.evaluation_error,
-                output_roundoff=torch.finfo(out_dtype).eps / 2,
-                head_norm=certificate.head["norm"],
-            )
-            constant = radius.new_tensor(certificate.lipschitz_constant)
-            logits = logits.to(out_dtype)
+            outputs, logits, radius = self.certified_outputs(pixel_values, certificate, **kwargs)
+            constant = torch.full_like(radius, certificate.lipschitz_constant)
         else:
             outputs = self.lipschitz_vision(pixel_values.to(self.dtype), **kwargs)
             logits = self.classifier(outputs.pooler_output)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds transformers' own tests when, and only when, `-m conformance` asks for them."""
+
+from pathlib import Path
+
+import pytest
+
+from . import upstream
+
+
+HERE = Path(__file__).parent
+
+
+def selected(config) -> bool:
+    """Whether `-m` asks for this job."""
+    return "conformance" in config.getoption("markexpr").replace("not conformance", "")
+
+
+def pytest_configure(config):
+    if selected(config):
+        for name in upstream.prepare():
+            config.addinivalue_line("markers", f"{name}: of transformers' own tests")
+
+
+def pytest_ignore_collect(collection_path, config):
+    # importing the test modules needs the source distribution
+    return None if selected(config) else True
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.conformance)
