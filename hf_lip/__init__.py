@@ -33,15 +33,23 @@ _PUBLIC = {
     "LipschitzVisionImageProcessor": "models.lipschitz_vision.image_processing_pil_lipschitz_vision",
     "LipschitzVisionImageProcessorPil": "models.lipschitz_vision.image_processing_pil_lipschitz_vision",
     "LipschitzVisionModel": "models.lipschitz_vision.modeling_lipschitz_vision",
+    "Provenance": "models.chacal.provenance",
+    "provenance": "models.chacal.provenance",
     "certified_accuracy": "metrics",
+    "compute_certification_metrics": "metrics",
+    "compute_tracking_metrics": "tracking_metrics",
+    "metric_path": "metrics",
     "average_certified_radius": "metrics",
     "SpectralNorm": "ops.interval",
     "global_lipschitz_bound": "checkpoints.composition",
+    "push_folder": "hub",
     "rescale_checkpoint": "checkpoints.rescale",
     "spectral_norm": "spectral.norms",
     "spectral_norms": "spectral.norms",
     "spectrum": "checkpoints.spectrum",
     "verify_checkpoint": "checkpoints.verify",
+    "write_card": "cards.writer",
+    "check_card": "cards.check",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

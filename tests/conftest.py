@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
+from .deprecations import deprecated_calls
+
 
 torch.set_num_threads(1)
 
@@ -18,6 +20,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated():
+    """A test fails if this project calls what a library has deprecated, whatever the library does about it."""
+    with deprecated_calls() as found:
+        yield
+    assert not found, "\n".join(found)
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ LEVELS = [
     ("ops",),
     ("layers",),
     ("models",),
-    ("spectral",),
+    ("spectral", "card_text"),
     ("smoothing", "checkpoints", "metrics", "tracking_metrics", "data", "training", "plots", "audit"),
     ("pipelines",),
+    ("cards", "evaluate_modules", "hub"),
     ("assets", "registration", "cli", ""),
 ]
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
