@@ -118,7 +118,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
+        if tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
         found[name] = tensor.detach().contiguous()

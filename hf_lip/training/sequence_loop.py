@@ -75,14 +75,14 @@ def train_sequence_model(
 ) -> dict[str, Any] | None:
     """Train from `state.step` to the end or to the time limit, keeping `state` up to date.
 
-    Returns:
-        The metrics of the final weights, or None if the last step was not evaluated.
-
     Args:
         objective: the prepared `SequenceObjective` of `model`.
         measure_accuracy: evaluates the model; returns metrics and a line about them.
         identity: the arguments that fix the weights of the run, for the checkpoints.
         before_step: called with the number of the step, from 0, such as to set the discount of the chains.
+
+    Returns:
+        The metrics of the final weights, or None if the last step was not evaluated.
 
     Raises:
         RuntimeError: the loss or the weights are not finite.

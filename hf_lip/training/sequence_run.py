@@ -51,7 +51,7 @@ def start_accelerator(args: SequenceTrainingArguments) -> Accelerator:
     """The accelerator of the run.
 
     Raises:
-        RuntimeError: processes that would each train alone.
+        RuntimeError: processes that would each train alone, or a device without float64.
         ValueError: a batch that cannot be divided among them.
     """
     accelerator = Accelerator(
@@ -66,6 +66,8 @@ def start_accelerator(args: SequenceTrainingArguments) -> Accelerator:
             f"{launched} processes were launched but each would train alone: on CPU pass --cpu to this script under "
             "torchrun; on GPUs use `accelerate launch` or torchrun with as many GPUs."
         )
+    if accelerator.device.type == "mps":
+        raise RuntimeError("Losses are summed in float64, which this device (mps) does not have: pass --cpu.")
     parts = accelerator.num_processes * args.gradient_accumulation_steps
     if args.train_batch_size % parts:
         raise ValueError(

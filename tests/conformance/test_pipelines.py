@@ -92,7 +92,15 @@ def write_summary(folder: Path) -> None:
 
 write_summary(Path(CHECKPOINTS.name))
 with patch.dict(os.environ, {"TRANSFORMERS_TINY_MODEL_PATH": CHECKPOINTS.name}):
-    mixin = import_upstream("test_pipeline_mixin")
+    try:
+        mixin = import_upstream("test_pipeline_mixin")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("tests.pipelines"):
+            raise
+        pytest.skip(
+            f"In this version of transformers it needs {error.name}, which the source distribution leaves out.",
+            allow_module_level=True,
+        )
 mixin.transformers_module = SimpleNamespace(
     LipschitzVisionImageProcessorPil=LipschitzVisionImageProcessorPil, PreTrainedTokenizerFast=PreTrainedTokenizerFast
 )

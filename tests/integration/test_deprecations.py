@@ -58,6 +58,8 @@ def test_other_warnings_and_calls_of_libraries_among_themselves_are_not_ours():
         warnings.simplefilter("ignore")
         between.call(library("lib", OLD).old)
         library("lib", OLD).old(UserWarning)
+        # on import, which we only happen to be the first to ask for
+        library("lib", f"{OLD}\nold()")
     assert found == []
 
 

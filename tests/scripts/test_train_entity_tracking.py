@@ -214,6 +214,7 @@ class TestResume:
     def test_from_any_checkpoint_the_weights_are_the_same(self, run, tmp_path, base):
         words = ("--checkpointing_steps", 2, "--eval_steps", 3, "--checkpoints_total_limit", 9)
         words = (*words, "--config_overrides", "residual_dropout=0.1", "--gradient_accumulation_steps", 2)
+        words = (*words, "--tie_word_embeddings", "--gamma_learnable")
         expected = run("whole", *words, base=base)
         steps = expected["steps"]
         for step in (2, steps - 2):
