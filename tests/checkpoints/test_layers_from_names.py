@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import pytest
 import torch
 from torch import nn
 
@@ -117,13 +116,14 @@ def test_low_rank_factors(tmp_path):
     assert layers["conv.lora_A"].kind == "conv"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 def test_weight_norm_in_both_spellings(tmp_path):
     model = nn.ModuleDict({"old": nn.Conv1d(3, 4, 5), "new": nn.Linear(3, 4), "all": nn.Linear(3, 4)})
-    nn.utils.weight_norm(model["old"])
     nn.utils.parametrizations.weight_norm(model["new"])
     nn.utils.parametrizations.weight_norm(model["all"], dim=None)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # as `torch.nn.utils.weight_norm`, now deprecated, names them
+    weight = tensors.pop("old.weight")
+    tensors |= {"old.weight_g": weight.flatten(1).norm(dim=1).view(4, 1, 1), "old.weight_v": weight}
     checkpoint = stored(tmp_path, tensors)
     description = describe(checkpoint)
     require_complete(checkpoint, description)

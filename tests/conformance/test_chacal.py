@@ -4,7 +4,6 @@
 import unittest
 from unittest.mock import patch
 
-import pytest
 import torch
 
 from hf_lip.models.chacal.configuration_chacal import ChacalConfig
@@ -16,10 +15,10 @@ from hf_lip.models.chacal.modeling_chacal import (
 )
 
 from .common import check_chained_cache, generation_tests, leave_out, tokens
-from .upstream import load
+from .upstream import MARKS, load
 
 
-pytestmark = pytest.mark.conformance
+pytestmark = MARKS
 upstream = load()
 
 LEFT_OUT = generation_tests(

@@ -5,7 +5,6 @@ import functools
 import unittest
 from unittest.mock import patch
 
-import pytest
 import torch
 
 from hf_lip.models.chacal.converted import (
@@ -19,10 +18,10 @@ from hf_lip.models.chacal.converted import (
 from hf_lip.models.chacal.interface import NAME
 
 from .common import check_chained_cache, generation_tests, leave_out, tokens
-from .upstream import load
+from .upstream import MARKS, load
 
 
-pytestmark = pytest.mark.conformance
+pytestmark = MARKS
 upstream = load()
 
 STATIC = "a `ChainedCache` grows: decoding from a static one is refused with an error"

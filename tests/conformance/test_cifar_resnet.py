@@ -3,16 +3,14 @@
 
 import unittest
 
-import pytest
-
 from hf_lip.models.cifar_resnet.configuration_cifar_resnet import CifarResNetConfig
 from hf_lip.models.cifar_resnet.modeling_cifar_resnet import CifarResNetForImageClassification, CifarResNetModel
 
 from .common import StrictVisionTests, leave_out, pixels
-from .upstream import load
+from .upstream import MARKS, load
 
 
-pytestmark = pytest.mark.conformance
+pytestmark = MARKS
 upstream = load()
 
 LEFT_OUT = {"test_model_get_set_embeddings": "an image model has no token embeddings"}

@@ -3,7 +3,6 @@
 
 import unittest
 
-import pytest
 import torch
 
 from hf_lip.models.lipschitz_vision.configuration_lipschitz_vision import LipschitzVisionConfig
@@ -14,10 +13,10 @@ from hf_lip.models.lipschitz_vision.modeling_lipschitz_vision import (
 )
 
 from .common import StrictVisionTests, leave_out, pixels
-from .upstream import load
+from .upstream import MARKS, load
 
 
-pytestmark = pytest.mark.conformance
+pytestmark = MARKS
 upstream = load()
 
 NO_TOKENS = "an image model has no token embeddings"

@@ -33,10 +33,10 @@ from hf_lip.models.lipschitz_vision.modeling_lipschitz_vision import (
 )
 
 from . import pipeline_tasks
-from .upstream import import_upstream, load
+from .upstream import MARKS, import_upstream, load
 
 
-pytestmark = pytest.mark.conformance
+pytestmark = MARKS
 load()
 
 from .test_chacal import ChacalTester  # noqa: E402

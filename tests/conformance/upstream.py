@@ -34,6 +34,8 @@ MODULES = (
     "test_image_processing_common",
     "test_modeling_common",
 )
+# of every module here; what upstream's code is warned of is no error of ours
+MARKS = [pytest.mark.conformance, pytest.mark.filterwarnings("default")]
 # filled by `prepare` and `load`: where the tests are, or why they are not, and what they define
 state: dict[str, Any] = {}
 

@@ -337,7 +337,8 @@ class LipschitzVisionForImageClassification(LipschitzVisionPreTrainedModel):
         if certified and torch.compiler.is_exporting():
             raise ValueError(
                 "A radius needs its certificate checked at every call, which an exported graph does not do: use "
-                "`hf_lip.export_certified(model)`, or pass `output_certified_radius=False`."
+                "`export_certified` of hf_lip.models.lipschitz_vision.export_lipschitz_vision, or pass "
+                "`output_certified_radius=False`."
             )
         self.check_pixel_values(pixel_values)
         if certified:
