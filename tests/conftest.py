@@ -10,7 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from transformers import AutoImageProcessor
-from transformers.utils import logging as transformers_logging
 
 from .deprecations import deprecated_calls
 
@@ -26,11 +25,8 @@ def fixed_seed():
 @pytest.fixture(autouse=True)
 def nothing_deprecated():
     """A test fails if this project calls what a library has deprecated, whatever the library does about it."""
-    # commands run in this process make transformers quiet
-    verbosity = transformers_logging.get_verbosity()
     with deprecated_calls() as found:
         yield
-    transformers_logging.set_verbosity(verbosity)
     assert not found, "\n".join(found)
 
 

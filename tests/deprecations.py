@@ -91,8 +91,10 @@ def deprecated_calls() -> Iterator[list[str]]:
 
     handler = DeprecationHandler(found)
     logger = transformers_logging.get_logger("transformers")
-    # what was said once before is said again
+    # what was said once before is said again, and what an earlier command silenced is heard
     transformers_logging.warning_once.cache_clear()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(min(verbosity, logging.WARNING))
     logger.addHandler(handler)
     warnings.warn = warn
     try:
@@ -100,3 +102,4 @@ def deprecated_calls() -> Iterator[list[str]]:
     finally:
         warnings.warn = plain_warn
         logger.removeHandler(handler)
+        transformers_logging.set_verbosity(verbosity)

@@ -29,6 +29,16 @@ def library(name: str, source: str) -> types.ModuleType:
     return module
 
 
+@pytest.fixture
+def quiet_transformers():
+    """As the commands leave transformers that an earlier test ran in this process."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    yield
+    assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+    transformers_logging.set_verbosity(verbosity)
+
+
 OLD = """
 import warnings
 def old(category=FutureWarning, stacklevel=1):
@@ -63,7 +73,7 @@ def test_other_warnings_and_calls_of_libraries_among_themselves_are_not_ours():
     assert found == []
 
 
-def test_what_transformers_logs_is_found_each_time():
+def test_what_transformers_logs_is_found_each_time(quiet_transformers):
     transformers = library("transformers", "def old(logger):\n    logger.warning_once('`x` is deprecated')")
     logger = transformers_logging.get_logger("transformers.models")
     for _ in range(2):
