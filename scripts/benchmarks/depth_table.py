@@ -15,7 +15,7 @@ Train the models, then evaluate them all on chains of one length, so that every 
 
 with RECIPE="--task chains --num_state_changes 1 63 --eval_num_state_changes 64 126 --curriculum log --hidden_size 128
 --num_attention_heads 1 --intermediate_size 512 --initializer_range 0.1 --learning_rate 0.004 --train_batch_size 32
---max_steps 2000 --eval_samples 512 --cpu". Runs with the same layers are seeds of one model. Written to --out:
+--max_steps 3000 --eval_samples 256 --cpu". Runs with the same layers are seeds of one model. Written to --out:
 results.json and depth.png; vertical lines stand where ceil(log2(n + 1)), the layers of Theorem 1, grows by one.
 """
 
