@@ -86,7 +86,7 @@ def test_every_accuracy_is_that_of_the_model(script, runs):
 
 def test_other_folders_and_mixed_tasks_are_refused(script, runs, tmp_path):
     out = ["--out", str(tmp_path / "table")]
-    with pytest.raises(ValueError, match="no results.json"):
+    with pytest.raises(ValueError, match=r"no results\.json"):
         script.main(["--runs", str(tmp_path), *out])
     run_script("train_entity_tracking", tmp_path / "other", *CHAINS, *CHAINED, "--num_entities", 3, "--max_steps", 5)
     with pytest.raises(ValueError, match="different vocabularies"):
