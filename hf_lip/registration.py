@@ -41,6 +41,7 @@ from .models.lipschitz_vision.modeling_lipschitz_vision import (
     LipschitzVisionModel,
 )
 from .pipelines.certify import CertifyPipeline
+from .pipelines.checkpoint import CheckedAutoModel
 
 
 logger = logging.get_logger(__name__)
@@ -82,7 +83,7 @@ def register() -> None:
     PIPELINE_REGISTRY.register_pipeline(
         "certify",
         pipeline_class=CertifyPipeline,
-        pt_model=AutoModelForImageClassification,
+        pt_model=CheckedAutoModel,
         # the embedded checkpoint: a local folder works as an id and needs no network
         default={"model": (str(DEFAULT_MODEL_DIR), "main")},
         type="image",

@@ -8,11 +8,13 @@ From scratch on a text file, its end held out, one token a character; matched in
     ... --attention chained --gamma 0.5 --gamma_learnable --output_dir runs/chained
     ... --layer_types full chained full chained --gamma 0.1 --gamma_learnable --output_dir runs/mixed
 
-A pre-trained checkpoint with its attention converted, the discount raised from 0 while it trains:
+A pre-trained Llama, Qwen2 or GPT-2 with its attention converted, as `hf-lip convert-attention` does, the discount
+raised from 0 while it trains, or learnt from 0, one for each head:
 
-    hf-lip convert-attention path/to/llama chained
-    python scripts/train_causal_lm.py --model_name_or_path chained --gamma 0.5 --gamma_warmup_steps 500 \
-        --train_file train.txt --eval_file eval.txt --learning_rate 5e-4 --output_dir runs/converted
+    python scripts/train_causal_lm.py --model_name_or_path path/to/llama --attention chained --gamma 0.5 \
+        --gamma_warmup_steps 500 --train_file train.txt --eval_file eval.txt --learning_rate 5e-4 \
+        --output_dir runs/converted
+    ... --attention chained --gamma_learnable --output_dir runs/learnt
 
 A data set of the Hub, read as a stream, on every GPU of the machine:
 

@@ -14,6 +14,9 @@ def convert_attention(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a Llama, Qwen2 or GPT-2 language model.")],
     out: Annotated[Path, typer.Option(help="New folder for the converted checkpoint.")],
     gamma: Annotated[float, typer.Option(help="Discount to start at; 0 keeps the model's function.")] = 0.0,
+    learnable_gamma: Annotated[
+        bool, typer.Option("--learnable-gamma", help="Train one discount a head, started at --gamma.")
+    ] = False,
     diagonal: Annotated[str, typer.Option(help="strict | keep.")] = "strict",
     normalize: Annotated[bool, typer.Option(help="Divide by row sums in place of multiplying by 1 - gamma.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
@@ -23,10 +26,19 @@ def convert_attention(
         import hf_lip  # noqa: F401, registers what is written
         from hf_lip.models.chacal.convert import convert_attention as convert
 
-        report = convert(model, out, gamma=gamma, diagonal=diagonal, normalize=normalize, revision=revision)
+        report = convert(
+            model,
+            out,
+            gamma=gamma,
+            gamma_learnable=learnable_gamma,
+            diagonal=diagonal,
+            normalize=normalize,
+            revision=revision,
+        )
         console = Console()
         console.print(
-            f"Wrote {out}: {report.model_type}, {report.num_layers} chained layers, gamma {gamma:g}.",
+            f"Wrote {out}: {report.model_type}, {report.num_layers} chained layers, gamma {gamma:g}"
+            f"{', learnt from there' if learnable_gamma else ''}.",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -46,15 +46,15 @@ CLASSES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "chacal_llama": (
-        "hf_lip.models.chacal.converted",
+        "hf_lip",
         {"AutoConfig": "ChacalLlamaConfig", "AutoModelForCausalLM": "ChacalLlamaForCausalLM"},
     ),
     "chacal_qwen2": (
-        "hf_lip.models.chacal.converted",
+        "hf_lip",
         {"AutoConfig": "ChacalQwen2Config", "AutoModelForCausalLM": "ChacalQwen2ForCausalLM"},
     ),
     "chacal_gpt2": (
-        "hf_lip.models.chacal.converted",
+        "hf_lip",
         {"AutoConfig": "ChacalGPT2Config", "AutoModelForCausalLM": "ChacalGPT2LMHeadModel"},
     ),
 }

@@ -51,7 +51,9 @@ class SequenceModelArguments:
     hidden_size: int = option(64, "Width of the residual stream.")
     num_attention_heads: int = option(1, "Heads.")
     intermediate_size: int | None = option(None, "Width of the gated MLP. Default: 4 times hidden_size.")
-    attention: Literal["softmax", "chained"] | None = option(None, "chacal: attention of all layers.")
+    attention: Literal["softmax", "chained"] | None = option(
+        None, "chacal: attention of all layers. chained: also to convert an ordinary checkpoint, from discount 0."
+    )
     layer_types: list[str] | None = option(None, "chacal: 'full' or 'chained' for each layer: full chained.")
     gamma: list[float] | None = option(
         None, "Discount of the chains, one number or one for each layer; also of a converted checkpoint."
@@ -59,9 +61,11 @@ class SequenceModelArguments:
     gamma_warmup_steps: int = option(
         0, "Steps over which the discount moves to --gamma: from 0, or a checkpoint's own."
     )
-    gamma_learnable: bool = option(False, "chacal: train one discount for each head, started at --gamma.")
-    diagonal: Literal["strict", "keep"] | None = option(None, "chacal: diagonal of the solve.")
-    normalize: bool = option(False, "chacal: divide by the row sums of the operator.")
+    gamma_learnable: bool = option(
+        False, "Train one discount for each head, started at --gamma; also of a converted checkpoint."
+    )
+    diagonal: Literal["strict", "keep"] | None = option(None, "chacal, or while converting: diagonal of the solve.")
+    normalize: bool = option(False, "chacal, or while converting: divide by the row sums of the operator.")
     use_rope: bool | None = option(None, "chacal: rotary positions. Default: false for dense chains.")
     tie_word_embeddings: bool = option(False, "One matrix for input and output tokens.")
     max_position_embeddings: int | None = option(None, "Longest sequence with positions.")
@@ -76,7 +80,9 @@ class SequenceModelArguments:
         if self.gamma_warmup_steps and self.gamma_learnable:
             raise ValueError("--gamma_warmup_steps and --gamma_learnable exclude each other: one of them sets it.")
         if self.model_name_or_path is not None:
-            kept = ("model_name_or_path", "gamma", "gamma_warmup_steps")
+            kept = ["model_name_or_path", "gamma", "gamma_warmup_steps", "gamma_learnable"]
+            if self.attention == "chained":
+                kept += ["attention", "diagonal", "normalize"]
             defaults = {entry.name: entry.default for entry in fields(self)}
             changed = [name for name, value in vars(self).items() if value != defaults[name] and name not in kept]
             if changed:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..models.chacal.configuration_chacal import ChacalConfig
+from ..models.chacal.convert import CONVERTED, chained_config_of
 from ..models.chacal.modeling_chacal import ChacalForCausalLM
 from .sequence_arguments import LAYER_TYPES, SequenceModelArguments
 
@@ -35,18 +36,13 @@ def build_model(
     """
     model: Any
     if arguments.model_name_or_path is not None:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype="float32")
+        model = _pretrained(arguments)
         if model.config.vocab_size < vocab_size:
             raise ValueError(
                 f"--model_name_or_path has {model.config.vocab_size} tokens and the data {vocab_size}: take the "
                 "checkpoint's own tokenizer, or train from scratch."
             )
         _check_positions(model.config, longest, "--model_name_or_path")
-        if arguments.gamma is not None and _gamma_of(model) is None:
-            raise ValueError(
-                f"--gamma is for chained attention, and --model_name_or_path is a {model.config.model_type}: convert "
-                "it first with `hf-lip convert-attention`."
-            )
         return model
     layers = arguments.num_layers
     fields: dict[str, Any] = {
@@ -75,52 +71,77 @@ def build_model(
     return model
 
 
+def _pretrained(arguments: SequenceModelArguments) -> Any:
+    """The checkpoint `--model_name_or_path`, its attention converted where `--attention chained` asks for it.
+
+    Raises:
+        ValueError: options for chained attention with a checkpoint that has none, or has it already.
+    """
+    path: Any = arguments.model_name_or_path
+    config: Any = AutoConfig.from_pretrained(path)
+    learnable = next((name for name in ("gamma_learnable", "chain_gamma_learnable") if hasattr(config, name)), None)
+    if arguments.attention == "chained":
+        if learnable is not None:
+            raise ValueError(
+                f"--attention chained converts a checkpoint, and --model_name_or_path is a {config.model_type}, which "
+                "has chained attention: leave it out, with --diagonal and --normalize."
+            )
+        if config.model_type not in CONVERTED:
+            raise ValueError(
+                f"--attention chained: --model_name_or_path is a {config.model_type}; attention can be converted for "
+                f"{', '.join(sorted(CONVERTED))}."
+            )
+        model_class = CONVERTED[config.model_type][1]
+        config = chained_config_of(
+            config,
+            gamma=0.0,
+            gamma_learnable=arguments.gamma_learnable,
+            diagonal=arguments.diagonal or "strict",
+            normalize=arguments.normalize,
+        )
+        return model_class.from_pretrained(path, config=config, dtype="float32")
+    if learnable is None and (arguments.gamma is not None or arguments.gamma_learnable):
+        raise ValueError(
+            f"--{'gamma_learnable' if arguments.gamma is None else 'gamma'} is for chained attention, and "
+            f"--model_name_or_path is a {config.model_type}: convert it with --attention chained, or once and for all "
+            "with `hf-lip convert-attention`."
+        )
+    settings = {learnable: True} if learnable is not None and arguments.gamma_learnable else {}
+    return AutoModelForCausalLM.from_pretrained(path, dtype="float32", **settings)
+
+
 def gamma_schedule(model: Any, arguments: SequenceModelArguments) -> Callable[[int], None]:
     """Sets the discount before step i, from 0: linearly from where the model is now to `--gamma`, which it reaches
     with step `--gamma_warmup_steps`; a model from scratch starts at 0. Without these steps `--gamma` is set here.
 
     Raises:
-        ValueError: a discount out of range, lengths that do not fit, or discounts that are trained.
+        ValueError: a discount out of range, lengths that do not fit, heads with different discounts, or discounts
+            that are trained.
     """
     if arguments.gamma is None or not (arguments.gamma_warmup_steps or arguments.model_name_or_path):
         return lambda step: None
     layers, num_steps = model.config.num_hidden_layers, arguments.gamma_warmup_steps
     goal = arguments.gamma * layers if len(arguments.gamma) == 1 else arguments.gamma
-    if num_steps and getattr(model.config, "gamma_learnable", False):
-        raise ValueError("--gamma_warmup_steps: the checkpoint trains its discounts, they can not be scheduled.")
-    start = _gamma_of(model) if arguments.model_name_or_path else [0.0] * layers
-    if start is None or len(goal) != layers:
+    if len(goal) != layers:
         raise ValueError(f"--gamma must be one number or {layers}, one for each layer of the model.")
+    if not num_steps:
+        model.set_gamma(list(goal))
+        return lambda step: None
+    if any(getattr(model.config, name, False) for name in ("gamma_learnable", "chain_gamma_learnable")):
+        raise ValueError("--gamma_warmup_steps: the checkpoint trains its discounts, they can not be scheduled.")
+    start = [0.0] * layers
+    if arguments.model_name_or_path:
+        entries = model.get_gamma()
+        if any(len(set(entry)) > 1 for entry in entries):
+            raise ValueError("--gamma moves one discount for each layer, and the checkpoint has one for each head.")
+        start = [entry[0] for entry in entries]
 
     def set_gamma(step: int) -> None:
-        part = min((step + 1) / num_steps, 1.0) if num_steps else 1.0
-        values = [last if part == 1.0 else first + part * (last - first) for first, last in zip(start, goal)]
-        if hasattr(model, "set_gamma"):
-            model.set_gamma(values)
-        else:
-            model.config.chain_gamma = values
-            model.config.check_chain()
+        part = min((step + 1) / num_steps, 1.0)
+        model.set_gamma([last if part == 1.0 else first + part * (last - first) for first, last in zip(start, goal)])
 
     set_gamma(num_steps)
-    return set_gamma if num_steps else lambda step: None
-
-
-def _gamma_of(model: Any) -> list[float] | None:
-    """One discount for each layer; None for ordinary attention.
-
-    Raises:
-        ValueError: heads with different discounts.
-    """
-    if hasattr(model, "get_gamma"):
-        entries = model.get_gamma()
-    else:
-        gamma = getattr(model.config, "chain_gamma", None)
-        if gamma is None:
-            return None
-        entries = list(gamma) if isinstance(gamma, (list, tuple)) else [gamma] * model.config.num_hidden_layers
-    if any(len(set(entry)) > 1 for entry in entries if isinstance(entry, (list, tuple))):
-        raise ValueError("--gamma moves one discount for each layer, and the checkpoint has one for each head.")
-    return [entry[0] if isinstance(entry, (list, tuple)) else entry for entry in entries]
+    return set_gamma
 
 
 def _chain_fields(arguments: SequenceModelArguments, layers: int, use_rope: bool) -> dict[str, Any]:

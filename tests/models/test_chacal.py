@@ -305,7 +305,7 @@ def test_classifiers():
         ({"gamma": float("nan")}, "gamma"),
         ({"gamma": -0.1, "diagonal": "keep"}, r"\[0, 1\)"),
         ({"gamma": 1.0, "diagonal": "keep"}, r"\[0, 1\)"),
-        ({"gamma": 0.0, "diagonal": "keep", "gamma_learnable": True}, "start above 0"),
+        ({"gamma": -0.1, "diagonal": "keep", "gamma_learnable": True}, r"\[0, 1\)"),
         ({"gamma": 1.0, "normalize": True, "gamma_learnable": True}, "start inside"),
         ({"gamma": [0.5]}, "each of 2 layers"),
         ({"gamma": [0.5, [0.5, 0.5]]}, "each of 4 heads"),

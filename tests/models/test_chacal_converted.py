@@ -89,6 +89,28 @@ def test_ordinary_checkpoints_start_with_their_own_logits(tmp_path, family, opti
 
 @every_family
 @every_variant
+@torch.no_grad()
+def test_causal_and_independent_of_padding_and_batch(family, options):
+    model_class, config_class, _, sizes = family
+    model, ids = model_class(config_class(**sizes, chain_gamma=0.9, **options)).eval(), tokens(length=24)
+    expected = model(ids).logits
+    changed = ids.clone()
+    changed[:, 15] = (changed[:, 15] - 3 + 1) % 37 + 3
+    got = model(changed).logits
+    assert torch.equal(got[:, :15], expected[:, :15])
+    assert not torch.allclose(got[:, 15:], expected[:, 15:])
+    filled = torch.zeros(2, 31, dtype=torch.long)
+    filled[0, 7:], filled[1, :24] = ids[0], ids[1]
+    mask = (filled != 0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    got = model(filled, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(got[0, 7:], expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[1, :24], expected[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(ids[:1]).logits, expected[:1], rtol=0, atol=1e-5)
+
+
+@every_family
+@every_variant
 def test_cached_static_padded_beam_and_uncached_generation_agree(family, options):
     model_class, config_class, _, sizes = family
     model = model_class(config_class(**sizes, chain_gamma=0.9, **options)).eval()
@@ -283,6 +305,9 @@ def test_convert_attention_command(tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "chacal_llama, 2 chained layers, gamma 0" in result.output
+    learnable = CliRunner().invoke(app, [*arguments[:2], str(tmp_path / "learnable"), "--learnable-gamma"])
+    assert "chacal_llama, 2 chained layers, gamma 0, learnt from there." in learnable.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "learnable").config.chain_gamma_learnable
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2
     assert "not an empty folder" in again.output

@@ -166,7 +166,7 @@ class TestConverted:
         perplexities = [entry["evaluation"]["perplexity"] for entry in results["history"]]
         assert perplexities == sorted(perplexities, reverse=True)
         assert results["model_type"] == "chacal_llama"
-        assert results["gamma"] == [0.6, 0.6]
+        assert results["gamma"] == [[0.6] * 4] * 2
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
         assert model.config.chain_gamma == [0.6, 0.6]
 
@@ -194,11 +194,35 @@ class TestConverted:
             NAME, tmp_path / "part", *words, "--resume_from_checkpoint", "latest", "--eval_batch_size", 3
         )
         assert again["evaluation"]["loss"] == pytest.approx(whole["evaluation"]["loss"], rel=1e-6)
-        assert again["gamma"] == [0.6, 0.6]
+        assert again["gamma"] == [[0.6] * 4] * 2
 
     def test_an_ordinary_checkpoint_has_no_discount(self, llama, text, tmp_path):
-        with pytest.raises(ValueError, match="convert it first with `hf-lip convert-attention`"):
+        with pytest.raises(ValueError, match=r"convert it with --attention chained, or .* `hf-lip convert-attention`"):
             run_script(NAME, tmp_path / "run", *self.words(llama, text), "--gamma", 0.5)
+
+    def test_learnt_discounts_start_at_zero_and_move(self, llama, text, tmp_path):
+        """The same run of a checkpoint converted before, with learnt discounts or without, and of one in the run."""
+        convert_attention(llama, tmp_path / "fixed")
+        convert_attention(llama, tmp_path / "learnable", gamma_learnable=True)
+        options = {
+            "fixed": ["--gamma", 0, "--gamma_learnable"],
+            "learnable": [],
+            "llama": ["--attention", "chained", "--gamma", 0, "--gamma_learnable"],
+        }
+        found = {}
+        for name, words in options.items():
+            words = [*self.words(tmp_path / name, text), "--max_steps", 12, "--checkpointing_steps", 6, *words]
+            found[name] = run_script(NAME, tmp_path / f"run-{name}", *words)
+            assert found[name]["model_type"] == "chacal_llama"
+            assert weights(tmp_path / f"run-{name}") == weights(tmp_path / "run-fixed")
+        spread = torch.tensor(found["llama"]["gamma"])
+        assert spread.shape == (2, 4)
+        assert (spread != 0).all()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-llama")
+        torch.testing.assert_close(torch.tensor(model.get_gamma()), spread)
+        shutil.rmtree(tmp_path / "run-llama" / "checkpoint-12")
+        run_script(NAME, tmp_path / "run-llama", *words, "--resume_from_checkpoint", "latest")
+        assert weights(tmp_path / "run-llama") == weights(tmp_path / "run-fixed")
 
 
 class TestDataSets:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from hf_lip import ChacalConfig, ChacalForCausalLM
 from hf_lip.models.chacal.converted import ChacalLlamaConfig, ChacalLlamaForCausalLM
@@ -155,16 +155,60 @@ class TestGammaSchedule:
         gamma_schedule(model, once)(0)
         assert model.config.chain_gamma == [0.5, 0.5]
 
+    @pytest.mark.parametrize("kind", ["llama", "converted", "chacal"])
+    def test_discounts_of_a_checkpoint_are_trained_from_where_they_are_set(self, tmp_path, kind):
+        sizes = {**TINY, "vocab_size": 40, "num_hidden_layers": 2}
+        saved = {
+            "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
+            "converted": lambda: ChacalLlamaForCausalLM(ChacalLlamaConfig(**sizes, chain_gamma=0.2)),
+            "chacal": lambda: ChacalForCausalLM(ChacalConfig(**sizes, gamma=0.2)),
+        }[kind]()
+        saved.save_pretrained(tmp_path)
+        words = {"model_name_or_path": str(tmp_path), "gamma_learnable": True}
+        if kind == "llama":
+            words |= {"attention": "chained", "diagonal": "keep"}
+        for gamma, expected in ((None, 0.0 if kind == "llama" else 0.2), ([0.0], 0.0), ([0.5], 0.5)):
+            arguments = SequenceModelArguments(**words, gamma=gamma)
+            model = build_model(arguments, 40, 32, {}, use_rope=True)
+            gamma_schedule(model, arguments)(0)
+            torch.testing.assert_close(torch.tensor(model.get_gamma()), torch.full((2, 2), expected))
+            trained = [p for name, p in model.named_parameters() if name.endswith("gamma.weight")]
+            assert [p.shape for p in trained] == [(2,), (2,)]
+            decayed, others = make_adamw(model, SequenceTrainingArguments(output_dir="x")).param_groups
+            assert {id(p) for p in trained} <= {id(p) for p in others["params"]}
+            assert others["weight_decay"] == 0.0 < decayed["weight_decay"]
+        if kind == "llama":
+            assert (model.config.model_type, model.config.chain_diagonal) == ("chacal_llama", "keep")
+
+    def test_what_can_not_be_converted_is_refused(self, tmp_path):
+        sizes = {**TINY, "vocab_size": 40, "num_hidden_layers": 1}
+        ChacalForCausalLM(ChacalConfig(**sizes)).save_pretrained(tmp_path / "chacal")
+        MistralForCausalLM(MistralConfig(**sizes)).save_pretrained(tmp_path / "mistral")
+        for name, words, message in (
+            ("chacal", {"attention": "chained"}, "is a chacal, which has chained attention: leave it out"),
+            ("mistral", {"attention": "chained"}, "can be converted for gpt2, llama, qwen2"),
+            ("mistral", {"gamma_learnable": True}, "--gamma_learnable is for chained attention"),
+        ):
+            arguments = SequenceModelArguments(model_name_or_path=str(tmp_path / name), **words)
+            with pytest.raises(ValueError, match=message):
+                build_model(arguments, 40, 8, {}, use_rope=True)
+        for words in ({"diagonal": "keep"}, {"attention": "softmax"}, {"normalize": True}):
+            with pytest.raises(ValueError, match=f"--{next(iter(words))} cannot change the architecture"):
+                SequenceModelArguments(model_name_or_path=str(tmp_path / "mistral"), **words)
+
     def test_what_can_not_be_scheduled_is_refused(self, tmp_path):
         LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=40, num_hidden_layers=1)).save_pretrained(tmp_path / "llama")
         ChacalForCausalLM(
             ChacalConfig(**TINY, vocab_size=40, num_hidden_layers=1, gamma=0.5, gamma_learnable=True)
         ).save_pretrained(tmp_path / "trained")
+        config = ChacalLlamaConfig(**TINY, vocab_size=40, num_hidden_layers=1, chain_gamma_learnable=True)
+        ChacalLlamaForCausalLM(config).save_pretrained(tmp_path / "converted")
         sizes = {**TINY, "vocab_size": 40, "num_hidden_layers": 1}
         ChacalForCausalLM(ChacalConfig(**sizes, gamma=[[0.1, 0.2]])).save_pretrained(tmp_path / "heads")
         for name, message in (
-            ("llama", "convert it first with `hf-lip convert-attention`"),
+            ("llama", "convert it with --attention chained, or .* `hf-lip convert-attention`"),
             ("trained", "the checkpoint trains its discounts"),
+            ("converted", "the checkpoint trains its discounts"),
             ("heads", "one for each head"),
         ):
             words = {"model_name_or_path": str(tmp_path / name), "gamma": [0.5], "gamma_warmup_steps": 2}

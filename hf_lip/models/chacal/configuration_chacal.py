@@ -7,8 +7,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from ...ops.chain import DIAGONALS, check_gamma
+from ...ops.chain import DIAGONALS
 from ..shim import InstalledSettings
+from .gamma_chacal import check_learnable, spread_gamma
 
 
 LAYER_TYPES = ("chained_attention", "full_attention")
@@ -45,7 +46,7 @@ class ChacalConfig(InstalledSettings, PreTrainedConfig):
         gamma (`float` or `list`, *optional*, defaults to 0.9): discount of the chains: one number, or for each layer a
             number or a list with one for each head. 0 is ordinary attention. `strict`: [-1, 1), `keep`: [0, 1).
         gamma_learnable (`bool`, *optional*, defaults to `False`): one trained discount for each head, started at
-            `gamma` (tanh of a parameter for `strict`, sigmoid for `keep`).
+            `gamma`, 0 included (tanh of a parameter, with `keep` not below 0).
         diagonal (`str`, *optional*, defaults to `"strict"`): `strict` leaves the diagonal out of the solve, `keep`
             solves with it.
         normalize (`bool`, *optional*, defaults to `False`): divide outputs by the row sums of the operator, in place
@@ -112,22 +113,7 @@ class ChacalConfig(InstalledSettings, PreTrainedConfig):
             ValueError: if the lengths do not fit or a discount is outside its range.
         """
         layers, heads = self.num_hidden_layers, self.num_attention_heads
-        entries = list(gamma) if isinstance(gamma, (list, tuple)) else [gamma] * layers
-        if len(entries) != layers:
-            raise ValueError(f"`gamma` needs one entry for each of {layers} layers, got {len(entries)}.")
-        spread = []
-        for index, entry in enumerate(entries):
-            values = list(entry) if isinstance(entry, (list, tuple)) else [entry] * heads
-            if len(values) != heads:
-                raise ValueError(
-                    f"`gamma` of layer {index} needs one entry for each of {heads} heads, got {len(values)}."
-                )
-            for value in values:
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise ValueError(f"`gamma` must hold numbers, got {value!r} for layer {index}.")
-                check_gamma(value, self.diagonal, self.normalize)
-            spread.append([float(value) for value in values])
-        return spread
+        return spread_gamma(gamma, layers, heads, self.diagonal, self.normalize)
 
     def validate_diagonal(self):
         if self.diagonal not in DIAGONALS:
@@ -137,17 +123,9 @@ class ChacalConfig(InstalledSettings, PreTrainedConfig):
         if self.diagonal not in DIAGONALS:
             return  # said by validate_diagonal
         spread = self.spread_gamma(self.gamma)
-        if not self.gamma_learnable:
-            return
         for index, values in enumerate(spread):
-            if self.layer_types[index : index + 1] == ["chained_attention"]:
-                if max(map(abs, values)) >= 1.0:
-                    raise ValueError("`gamma` must start inside (-1, 1) where `gamma_learnable` is set.")
-                if self.diagonal == "keep" and min(values) == 0.0:
-                    raise ValueError(
-                        "`gamma` must start above 0 where `gamma_learnable` is set and `diagonal` is 'keep': 0 is the "
-                        "end of the sigmoid, where nothing is learnt. Start at 0.01, or use the strict diagonal."
-                    )
+            if self.gamma_learnable and self.layer_types[index : index + 1] == ["chained_attention"]:
+                check_learnable(values)
 
     def validate_layer_type(self):
         if len(self.layer_types) != self.num_hidden_layers:

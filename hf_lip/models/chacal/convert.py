@@ -19,7 +19,6 @@ from .converted import (
     ChacalQwen2Config,
     ChacalQwen2ForCausalLM,
 )
-from .interface import chain_settings
 
 
 CONVERTED: dict[str, tuple[Any, Any]] = {
@@ -55,6 +54,7 @@ def convert_attention(
     out: str | Path,
     *,
     gamma: Any = 0.0,
+    gamma_learnable: bool = False,
     diagonal: str = "strict",
     normalize: bool = False,
     revision: str | None = None,
@@ -69,7 +69,7 @@ def convert_attention(
         model: folder or Hub id of a causal language model: Llama, Qwen2 without sliding windows, GPT-2.
         out: a new or empty folder.
         gamma: the discount to start at, as `chain_gamma`.
-        diagonal, normalize: as `chain_diagonal` and `chain_normalize`.
+        gamma_learnable, diagonal, normalize: as `chain_gamma_learnable`, `chain_diagonal` and `chain_normalize`.
         revision: branch, tag or commit of a Hub repository.
         num_tokens: length of the random sequences, at most the positions of the model.
 
@@ -81,25 +81,17 @@ def convert_attention(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"`out`={out} exists and is not an empty folder: choose another.")
     config = AutoConfig.from_pretrained(model, revision=revision)
-    if config.model_type not in CONVERTED:
-        raise ValueError(
-            f"`model` is of type {config.model_type!r}; attention can be converted for {', '.join(sorted(CONVERTED))}."
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError(
-            "`model` uses sliding windows, which chains cannot follow: set `use_sliding_window` to False."
-        )
-    config_class, model_class = CONVERTED[config.model_type]
-    fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
-    settings = {"chain_gamma": gamma, "chain_diagonal": diagonal, "chain_normalize": normalize}
-    chained_config = config_class.from_dict({**fields, **settings})
+    chained_config = chained_config_of(
+        config, gamma=gamma, gamma_learnable=gamma_learnable, diagonal=diagonal, normalize=normalize
+    )
+    model_class = CONVERTED[config.model_type][1]
     length = min(num_tokens, config.max_position_embeddings)
     tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     before = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch.float32).eval()(tokens).logits
     load = partial(model_class.from_pretrained, model, revision=revision, config=chained_config)
     after = load(dtype=torch.float32).eval()(tokens).logits
     difference, largest = float((after - before).abs().max()), float(before.abs().max())
-    unchanged = not any(any(_gamma(chained_config, layer_idx)) for layer_idx in range(config.num_hidden_layers))
+    unchanged = not any(map(any, chained_config.spread_gamma(gamma)))
     if unchanged and difference > 1e-4 * max(largest, 1.0):
         raise ValueError(
             f"At `gamma`=0 the logits differ from those of the original by {difference:.3g} where the largest is "
@@ -119,8 +111,24 @@ def convert_attention(
     )
 
 
-def _gamma(config: Any, layer_idx: int) -> list[float]:
-    return chain_settings(config, layer_idx, config.num_attention_heads)[0]
+def chained_config_of(config: Any, *, gamma: Any, gamma_learnable: bool, diagonal: str, normalize: bool) -> Any:
+    """The config of the chained model with the weights of an ordinary one.
+
+    Raises:
+        ValueError: for another architecture, sliding windows or settings out of range.
+    """
+    if config.model_type not in CONVERTED:
+        raise ValueError(
+            f"`model` is of type {config.model_type!r}; attention can be converted for {', '.join(sorted(CONVERTED))}."
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError(
+            "`model` uses sliding windows, which chains cannot follow: set `use_sliding_window` to False."
+        )
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    fields |= {"chain_gamma": gamma, "chain_gamma_learnable": gamma_learnable}
+    fields |= {"chain_diagonal": diagonal, "chain_normalize": normalize}
+    return CONVERTED[config.model_type][0].from_dict(fields)
 
 
 def _tokenizer(model: str | Path, revision: str | None) -> Any:

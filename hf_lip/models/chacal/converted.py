@@ -4,11 +4,14 @@
     config = ChacalLlamaConfig(**LlamaConfig.from_pretrained(folder).to_dict() | {"chain_gamma": 0.0})
     model = ChacalLlamaForCausalLM.from_pretrained(folder, config=config)
 
-has the weights of an ordinary checkpoint and, at `chain_gamma=0`, its logits.
+has the weights of an ordinary checkpoint and, at `chain_gamma=0`, its logits. With `chain_gamma_learnable` the
+discounts are trained from there, one for each head.
 """
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,39 +21,57 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.utils import logging
 
 from ...ops.chain import DIAGONALS
 from ..hub_model import PushableModel
 from ..shim import InstalledSettings
-from .interface import NAME, ChainedCache, chain_settings
+from .gamma_chacal import MISSING_GAMMA, ChacalGamma, check_learnable, spread_gamma
+from .inputs_chacal import checked
+from .interface import CACHE_REMEDY, NAME, ChainedCache
 
 
 logger = logging.get_logger(__name__)
 
+ATTENTION = (LlamaAttention, Qwen2Attention, GPT2Attention)
+
 
 class ChainedConfigMixin(InstalledSettings):
-    """Fields `chain_gamma` (a number, or for each layer a number or one for each head), `chain_diagonal`,
-    `chain_normalize`, checked when the config is made; the attention implementation is chosen by the class."""
+    """Fields `chain_gamma` (a number, or for each layer a number or one for each head), `chain_gamma_learnable`
+    (train one discount for each head, started there), `chain_diagonal`, `chain_normalize`, checked when the config is
+    made; the attention implementation is chosen by the class."""
 
     def set_up_chain(self, kwargs: dict[str, Any]) -> None:
         kwargs.setdefault("attn_implementation", NAME)
 
+    def spread_gamma(self, gamma: Any) -> list[list[float]]:
+        """One discount for each layer and head, from what `chain_gamma` may be.
+
+        Raises:
+            ValueError: if the lengths do not fit or a discount is outside its range.
+        """
+        config: Any = self
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        return spread_gamma(gamma, layers, heads, config.chain_diagonal, config.chain_normalize, "chain_gamma")
+
     def check_chain(self) -> None:
+        """Raise ValueError unless the fields fit each other."""
         config: Any = self
         if config.chain_diagonal not in DIAGONALS:
             raise ValueError(f"`chain_diagonal` must be one of {', '.join(DIAGONALS)}, got {config.chain_diagonal!r}.")
-        layers = config.num_hidden_layers
-        if isinstance(config.chain_gamma, (list, tuple)) and len(config.chain_gamma) != layers:
-            raise ValueError(f"`chain_gamma` needs one entry for each of {layers} layers.")
-        for layer_idx in range(layers):
-            chain_settings(config, layer_idx, config.num_attention_heads)
+        for values in self.spread_gamma(config.chain_gamma):
+            if config.chain_gamma_learnable:
+                check_learnable(values, "chain_gamma")
 
 
 class ChacalLlamaConfig(ChainedConfigMixin, LlamaConfig):
     model_type = "chacal_llama"
 
     chain_gamma: int | float | list | tuple = 0.0
+    chain_gamma_learnable: bool = False
     chain_diagonal: str = "strict"
     chain_normalize: bool = False
 
@@ -64,6 +85,7 @@ class ChacalQwen2Config(ChainedConfigMixin, Qwen2Config):
     model_type = "chacal_qwen2"
 
     chain_gamma: int | float | list | tuple = 0.0
+    chain_gamma_learnable: bool = False
     chain_diagonal: str = "strict"
     chain_normalize: bool = False
 
@@ -77,6 +99,7 @@ class ChacalGPT2Config(ChainedConfigMixin, GPT2Config):
     model_type = "chacal_gpt2"
 
     chain_gamma: int | float | list | tuple = 0.0
+    chain_gamma_learnable: bool = False
     chain_diagonal: str = "strict"
     chain_normalize: bool = False
 
@@ -87,19 +110,79 @@ class ChacalGPT2Config(ChainedConfigMixin, GPT2Config):
 
 
 class ChainedGenerationMixin(PushableModel):
-    """`generate` decodes from a `ChainedCache` unless it is given a cache, or the attention was made ordinary."""
+    """`generate` decodes from a `ChainedCache` unless it is given a cache, or the attention was made ordinary.
+
+    With `chain_gamma_learnable` each attention module has its discounts as `gamma`, named as in the chacal family.
+    """
 
     config: PreTrainedConfig
+    _keys_to_ignore_on_load_missing: Any = [MISSING_GAMMA]  # noqa: RUF012
     # its static cache is read up to the last token, which is another length every time
     _can_compile_fullgraph = False
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        # by the name of GPT-2's class transformers does not know it, and says so at the first loss
+        self.loss_type = "ForCausalLM"
         if self.config._attn_implementation != NAME:
             logger.warning(
                 f'{type(self).__name__} has `attn_implementation="{self.config._attn_implementation}"`, which is '
                 f'ordinary attention: `chain_gamma` has no effect. Leave the argument out, or pass "{NAME}".'
             )
+        settings: Any = self.config
+        if settings.chain_gamma_learnable:
+            spread = settings.spread_gamma(settings.chain_gamma)
+            for index, attention in self.attention_modules().items():
+                gamma = ChacalGamma(spread[index], True, settings.chain_diagonal)
+                gamma.reset_parameters()
+                attention.gamma = gamma
+
+    def attention_modules(self) -> dict[int, nn.Module]:
+        """The self-attention modules, by the number of their layer."""
+        model: Any = self
+        return {
+            module.layer_idx: module
+            for module in model.modules()
+            if isinstance(module, ATTENTION) and not getattr(module, "is_cross_attention", False)
+        }
+
+    def initialize_weights(self) -> None:
+        """As in transformers, where the base model inside, which knows nothing of discounts, has its own turn."""
+        super().initialize_weights()  # type: ignore[misc]
+        for attention in self.attention_modules().values():
+            gamma = getattr(attention, "gamma", None)
+            if isinstance(gamma, ChacalGamma):
+                gamma.reset_parameters()  # leaves those that were loaded
+
+    @torch.no_grad()
+    def get_gamma(self) -> list[list[float]]:
+        """Discounts as they are now, for each layer and head."""
+        settings: Any = self.config
+        spread = settings.spread_gamma(settings.chain_gamma)
+        if settings.chain_gamma_learnable:
+            for index, attention in self.attention_modules().items():
+                gamma: Any = attention.gamma
+                spread[index] = gamma(gamma.weight.device)[0].tolist()
+        return spread
+
+    def set_gamma(self, gamma: Any) -> None:
+        """Set the discounts, as `config.chain_gamma`, in the model and in its config: a saved model keeps them.
+
+        Raises:
+            ValueError: if a discount is outside its range or the lengths do not fit.
+        """
+        settings: Any = self.config
+        before, spread = settings.chain_gamma, settings.spread_gamma(gamma)
+        settings.chain_gamma = list(gamma) if isinstance(gamma, tuple) else gamma
+        try:
+            settings.check_chain()
+        except ValueError:
+            settings.chain_gamma = before
+            raise
+        if settings.chain_gamma_learnable:
+            for index, attention in self.attention_modules().items():
+                found: Any = attention.gamma
+                found.set(spread[index])
 
     def generate(self, *args, **kwargs):
         wanted = kwargs.get("use_cache")
@@ -140,6 +223,7 @@ class ChacalLlamaForCausalLM(ChainedGenerationMixin, LlamaForCausalLM):
 
     config: ChacalLlamaConfig
     config_class = ChacalLlamaConfig
+    forward = checked(LlamaForCausalLM.forward, CACHE_REMEDY)
 
 
 class ChacalQwen2ForCausalLM(ChainedGenerationMixin, Qwen2ForCausalLM):
@@ -147,6 +231,7 @@ class ChacalQwen2ForCausalLM(ChainedGenerationMixin, Qwen2ForCausalLM):
 
     config: ChacalQwen2Config
     config_class = ChacalQwen2Config
+    forward = checked(Qwen2ForCausalLM.forward, CACHE_REMEDY)
 
 
 class ChacalGPT2LMHeadModel(ChainedGenerationMixin, GPT2LMHeadModel):
@@ -154,6 +239,7 @@ class ChacalGPT2LMHeadModel(ChainedGenerationMixin, GPT2LMHeadModel):
 
     config: ChacalGPT2Config
     config_class = ChacalGPT2Config
+    forward = checked(GPT2LMHeadModel.forward, CACHE_REMEDY)
 
 
 __all__ = [

@@ -8,16 +8,77 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ...ops.chain import check_gamma
+
+
+# the largest float32 below 1, where tanh of a large parameter would be 1 itself
+LARGEST = 1.0 - 2.0**-24
+# a checkpoint without trained discounts may be loaded into a model that trains them: they start at its config's
+MISSING_GAMMA = r"\.gamma\.weight$"
+
+
+def spread_gamma(
+    gamma: Any, layers: int, heads: int, diagonal: str, normalize: bool, name: str = "gamma"
+) -> list[list[float]]:
+    """One discount for each layer and head, from a number or from a list with a number or a list for each layer.
+
+    Raises:
+        ValueError: naming `name`, if the lengths do not fit or a discount is outside its range.
+    """
+    entries = list(gamma) if isinstance(gamma, (list, tuple)) else [gamma] * layers
+    if len(entries) != layers:
+        raise ValueError(f"`{name}` needs one entry for each of {layers} layers, got {len(entries)}.")
+    spread = []
+    for index, entry in enumerate(entries):
+        values = list(entry) if isinstance(entry, (list, tuple)) else [entry] * heads
+        if len(values) != heads:
+            raise ValueError(
+                f"`{name}` of layer {index} needs one entry for each of {heads} heads, got {len(values)}."
+            )
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"`{name}` must hold numbers, got {value!r} for layer {index}.")
+            check_gamma(value, diagonal, normalize, name)
+        spread.append([float(value) for value in values])
+    return spread
+
+
+def check_learnable(values: list[float], name: str = "gamma") -> None:
+    """Raise ValueError unless training can start at these discounts: -1 and 1 are the ends of the tanh."""
+    if max(map(abs, values)) > LARGEST:
+        raise ValueError(f"`{name}` must start inside (-1, 1) where `{name}_learnable` is set, got {values}.")
+
+
+class NotNegative(torch.autograd.Function):
+    """max(x, 0). The gradient that would raise x passes at and below 0 too, so that what starts there can leave."""
+
+    @staticmethod
+    def forward(values: Tensor) -> Tensor:
+        return values.clamp(min=0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (values,) = ctx.saved_tensors
+        return torch.where((values > 0) | (grad < 0), grad, torch.zeros_like(grad))
+
 
 class ChacalGamma(nn.Module):
     """Discounts (H,) of one layer.
 
     Fixed ones are plain numbers: a cast of the model to bfloat16 does not round them, and they are in no checkpoint
-    but in its config. Trained ones are tanh (`strict`) or sigmoid (`keep`) of a parameter, and so always in range.
+    but in its config. Trained ones are tanh of a parameter, with `keep` cut off below 0, and so always in range; at 0,
+    where a converted softmax model starts, their gradient is that of the discount itself. A sigmoid would reach 0
+    only at minus infinity, where nothing is learnt.
     """
 
     def __init__(self, values: list[float], learnable: bool, diagonal: str):
         super().__init__()
+        if learnable:
+            check_learnable(values)  # the config did too, unless the field was set afterwards
         self.values = list(values)
         self.diagonal = diagonal
         # the fixed values on the device last asked for: no buffer, which would be cast and moved with the model
@@ -27,8 +88,7 @@ class ChacalGamma(nn.Module):
 
     def raw(self) -> Tensor:
         """The parameter that gives `values`."""
-        values = torch.tensor(self.values, dtype=torch.float64)
-        return torch.logit(values) if self.diagonal == "keep" else torch.atanh(values)
+        return torch.atanh(torch.tensor(self.values, dtype=torch.float64))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -50,8 +110,10 @@ class ChacalGamma(nn.Module):
             return self.kept
         if self.weight is None:
             return self.with_prefactor(torch.tensor(self.values, device=device))
-        raw = self.weight.float()
-        return self.with_prefactor(torch.sigmoid(raw) if self.diagonal == "keep" else torch.tanh(raw))
+        gamma = torch.tanh(self.weight.float()).clamp(-LARGEST, LARGEST)
+        if self.diagonal == "keep":
+            gamma = NotNegative.apply(gamma)
+        return self.with_prefactor(gamma)
 
     @staticmethod
     def with_prefactor(gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +131,7 @@ class GammaSchedule:
 
     Args:
         model: any model with `get_gamma` and `set_gamma`.
-        gamma: the goal, as `config.gamma`.
+        gamma: the goal, as `config.gamma`, or `config.chain_gamma` of a converted model.
         num_steps: calls of `step` until it is reached, at least 1.
         shape: `linear`, or `cosine`, which starts and ends slowly.
     """
@@ -103,4 +165,4 @@ class GammaSchedule:
         self.last_step, self.start, self.end = state["last_step"], state["start"], state["end"]
 
 
-__all__ = ["ChacalGamma", "GammaSchedule"]
+__all__ = ["ChacalGamma", "GammaSchedule", "check_learnable", "spread_gamma"]

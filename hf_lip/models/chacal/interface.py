@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chained attention in other architectures, those built on the attention interface: `attn_implementation="chacal"`.
 
-The discount is the config field `chain_gamma`; `chain_diagonal` and `chain_normalize` are optional. The function and
-its mask function are registered together, by `register_attention`. Decoding needs a `ChainedCache`, which keeps Z with
-one head for each query head; with any other cache the second call raises.
+The discount is the config field `chain_gamma`; `chain_diagonal` and `chain_normalize` are optional. With
+`chain_gamma_learnable` it is read from the module's `gamma` instead, which the classes of converted.py have. The
+function and its mask function are registered together, by `register_attention`. Decoding needs a `ChainedCache`, which
+keeps Z with one head for each query head; with any other cache the second call raises.
 """
 
 from typing import Any
@@ -133,6 +134,23 @@ def chain_settings(config: PreTrainedConfig, layer_idx: int, heads: int) -> tupl
     return [float(value) for value in values], diagonal, normalize
 
 
+def layer_gamma(module: nn.Module, values: list[float], device: torch.device) -> Tensor:
+    """Discounts (H,), float32: those that the module trains where its config says so, `values` otherwise.
+
+    Raises:
+        ValueError: if they are to be trained and the module has none.
+    """
+    settings: Any = module
+    if not getattr(settings.config, "chain_gamma_learnable", False):
+        return gamma_per_head(torch.tensor(values), len(values), torch.float32, device)
+    if not hasattr(settings, "gamma"):
+        raise ValueError(
+            f"`chain_gamma_learnable` is set, but {type(module).__name__} has no discounts to train: use "
+            "ChacalLlamaForCausalLM, ChacalQwen2ForCausalLM or ChacalGPT2LMHeadModel, or set it to False."
+        )
+    return settings.gamma(device)[0]
+
+
 def chained_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -165,7 +183,7 @@ def chained_attention_forward(
     if layer is None and past:
         raise ValueError(f"The cache in use holds values, but chained attention needs Z. {CACHE_REMEDY}")
     values, diagonal, normalize = chain_settings(settings.config, settings.layer_idx, heads)
-    gamma = gamma_per_head(torch.tensor(values), heads, torch.float32, query.device)
+    gamma = layer_gamma(module, values, query.device)
     segments = None
     positions = kwargs.get("position_ids")
     if attention_mask is None and not past and positions is not None:
@@ -231,7 +249,7 @@ def chained_mask(
     if attention_mask is None:
         return None
     mask = attention_mask[:, -kv_length:].bool()
-    if mask.device.type == "cpu":
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         if not mask.any(1).all():
             raise ValueError("`attention_mask` of a sequence is 0 everywhere: it has no token to attend to.")
         if mask.all():

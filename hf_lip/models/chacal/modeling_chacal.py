@@ -21,12 +21,12 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...ops.chain import check_finite
 from ..hub_model import PushableModel
 from .attention import ChacalAttention, ChainContext
 from .cache_chacal import check_cache
 from .configuration_chacal import ChacalConfig
-from .gamma_chacal import ChacalGamma
+from .gamma_chacal import MISSING_GAMMA, ChacalGamma
+from .inputs_chacal import check_positions, check_values
 from .masks_chacal import chain_context, create_masks
 
 
@@ -82,6 +82,7 @@ class ChacalPreTrainedModel(PushableModel, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChacalDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [MISSING_GAMMA]  # noqa: RUF012
     # of the full_attention layers; chained ones choose their backend by the device
     _supports_sdpa = True
     _can_compile_fullgraph = True
@@ -190,10 +191,8 @@ class ChacalModel(ChacalPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if 0 in given.shape[:2]:
-            raise ValueError(f"The input is empty, shape {tuple(given.shape)}: pass at least one token.")
-        self.check_values(input_ids, inputs_embeds)
+        # not `vocab_size`, which resizing the embeddings of a model around this one leaves as it was
+        check_values(self.embed_tokens.num_embeddings, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
@@ -208,7 +207,8 @@ class ChacalModel(ChacalPreTrainedModel):
             position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
         elif attention_mask is None and (past_key_values is None or self.is_empty(past_key_values)):
             segments = find_packed_sequence_indices(position_ids.expand(batch, -1))
-        self.check_positions(position_ids)
+        if self.rotary_emb is not None and not torch.compiler.is_compiling() and position_ids.device.type == "cpu":
+            check_positions(self.config, int(position_ids.max()))
         context: ChainContext | None = None
         full_mask: Any = None
         if isinstance(attention_mask, dict):
@@ -246,35 +246,6 @@ class ChacalModel(ChacalPreTrainedModel):
     @staticmethod
     def is_empty(cache: Cache) -> bool:
         return not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0
-
-    def check_values(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-        """Raise on unknown tokens and on embeddings that are not finite."""
-        if torch.compiler.is_compiling():
-            return
-        if inputs_embeds is not None:
-            check_finite(inputs_embeds=inputs_embeds)
-        elif input_ids is not None and input_ids.device.type == "cpu":
-            low, high = int(input_ids.min()), int(input_ids.max())
-            # not `vocab_size`, which resizing the embeddings of a model around this one leaves as it was
-            known = self.embed_tokens.num_embeddings
-            if low < 0 or high >= known:
-                raise ValueError(
-                    f"`input_ids` must lie in [0, {known - 1}], got [{low}, {high}]: does the tokenizer "
-                    "belong to another model?"
-                )
-
-    def check_positions(self, position_ids: Tensor) -> None:
-        """Raise on positions beyond those the model has, stretched or growing rotary positions included."""
-        if self.rotary_emb is None or self.rotary_emb.rope_type == "dynamic" or torch.compiler.is_compiling():
-            return
-        trained, rope = self.config.max_position_embeddings, self.config.rope_parameters
-        stretched = rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", trained)
-        limit = max(trained, int(stretched))
-        if position_ids.device.type == "cpu" and int(position_ids.max()) >= limit:
-            raise ValueError(
-                f"The sequence reaches position {int(position_ids.max())}, but by `max_position_embeddings` and "
-                f"`rope_parameters` the model has {limit}: shorten it, or train a model with more positions."
-            )
 
 
 class ChacalForCausalLM(ChacalPreTrainedModel, GenerationMixin):
