@@ -33,6 +33,7 @@ greedy decoding answers token for token.
 Written to --output_dir: the model, its tokenizer, results.json, checkpoint-<step> folders.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_lip.data import tracking_tokenizer, words_of
+from hf_lip.data.boxes import object_names, rows_of_first_boxes
 from hf_lip.hub import push_folder, require_pushable
 from hf_lip.training.sequence_arguments import SequenceModelArguments, SequenceTrainingArguments
 from hf_lip.training.sequence_batches import FileTexts, GeneratedSamples, StepBatches
@@ -97,9 +99,7 @@ def generated_data(
 ) -> tuple[PreTrainedTokenizerBase, GeneratedSamples, list[EvaluationSet], int]:
     first, second = task.tasks()
     tokenizer = choose_tokenizer(model, first.vocabulary(), dense=task.dense)
-    make = GeneratedSamples(
-        task, args.seed, args.num_steps(None), args.train_batch_size, None if task.dense else tokenizer
-    )
+    make = GeneratedSamples(task, args.seed, args.train_batch_size, None if task.dense else tokenizer)
     sets, longest = [], 0
     for name, one in ((task.eval_split, first), ("extrapolation", second)):
         if one is None:
@@ -122,14 +122,34 @@ def file_data(
     rows = [*train, *(row for part in evaluated.values() for row in part)]
     words = {word for row in rows for text in (row["prompt"], row["answer"]) for word in text.split()}
     tokenizer = choose_tokenizer(model, words_of(words), dense=False)
-    texts = encode_texts(train, tokenizer, task.text_key)
-    make = FileTexts(texts, task.questions, args.seed, args.train_batch_size)
+    growing = task.curriculum == "grow"
+    texts = encode_texts([*train, *rows_of_first_boxes(train)] if growing else train, tokenizer, task.text_key)
+    last_step = None
+    if growing:
+        boxes, steps = (1 + max(row[name] for row in train) for name in ("box", "step"))
+        last_step = partial(task.reached, 2 - boxes, steps - 1)
+    renamed = names_to_exchange(train, tokenizer) if task.rename_objects else ()
+    make = FileTexts(texts, task.questions, args.seed, args.train_batch_size, renamed=renamed, last_step=last_step)
     longest, sets = max(text.longest() for text in texts), []
     for name, part in evaluated.items():
         texts = encode_texts(part, tokenizer, task.text_key)
         longest = max(longest, *(text.longest() for text in texts))
         sets.append(EvaluationSet.of_texts(name, texts, task, args.eval_batch_size))
     return tokenizer, make, sets, longest
+
+
+def names_to_exchange(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of the objects.
+
+    Raises:
+        ValueError: a checkpoint's tokenizer that cuts words into pieces.
+    """
+    pieces = tokenizer(object_names(rows), add_special_tokens=False)["input_ids"]
+    if any(len(ids) != 1 for ids in pieces):
+        raise ValueError(
+            "--rename_objects needs one token a word: leave it out with the tokenizer of this checkpoint."
+        )
+    return [ids[0] for ids in pieces]
 
 
 def main(argv: list[str] | None = None) -> None:

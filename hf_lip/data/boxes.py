@@ -3,7 +3,8 @@
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +35,7 @@ _WORDS = words_of(["Box contains is empty the and nothing Move contents of to Re
 # of all weights: rarer kinds could be refused for minutes
 _SMALLEST_WEIGHT = 1e-3
 
-__all__ = ["OBJECTS", "BoxesSample", "BoxesTask", "boxes_features"]
+__all__ = ["OBJECTS", "BoxesSample", "BoxesTask", "boxes_features", "object_names", "rows_of_first_boxes"]
 
 
 def boxes_features() -> "datasets.Features":
@@ -69,6 +70,26 @@ def boxes_row(world: BoxWorld, box: int, sample_id: int) -> dict[str, Any]:
         "implicit_hops": implicit_hops,
         "numops_by_op": by_op,
     }
+
+
+def object_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The words that answers of Boxes rows name objects with, sorted."""
+    return sorted({name for row in rows for name in re.findall(r"the (\w+)", row["answer"])})
+
+
+def rows_of_first_boxes(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Questions on the beginning of a world's description, from its rows at step 0: the easiest questions there are.
+
+    Asked is one of the boxes told so far, at least two of them and not all. `step` is minus the number of boxes that
+    are yet to be told; the other columns are those of the row.
+    """
+    for row in rows:
+        if row["step"] != 0:
+            continue
+        told, _, asked = row["prompt"].rpartition(". ")
+        clauses = told.split(", ")
+        for count in range(max(2, row["box"] + 1), len(clauses)):
+            yield {**row, "prompt": f"{', '.join(clauses[:count])}. {asked}", "step": count - len(clauses)}
 
 
 @dataclass(frozen=True)

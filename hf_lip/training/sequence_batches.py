@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of entity tracking as functions of the step: the data do not depend on resumes, processes or workers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import BoxesTask
 from ..data.tracking_tokenizer import IGNORED, PAD_ID
-from .sequence_questions import Batch, SharedText, encode_texts, packed_batch, row_batch
+from .sequence_questions import Batch, Question, SharedText, encode_texts, packed_batch, row_batch
 from .sequence_tasks import TrackingArguments, sample_rows
 
 
@@ -26,8 +26,12 @@ __all__ = ["FileTexts", "GeneratedSamples", "Samples", "StepBatches", "dense_bat
 class Samples(Protocol):
     """Where training samples come from."""
 
-    def draw(self, step: int, places: range) -> list[Any]:
-        """The samples at some places, 0 to batch_size - 1, of the batch of a step."""
+    def draw(self, step: int, progress: float, places: range) -> list[Any]:
+        """The samples at some places, 0 to batch_size - 1, of the batch of a step.
+
+        Args:
+            progress: share of training done after the step.
+        """
 
     def length(self, sample: Any) -> int:
         """Its tokens."""
@@ -74,7 +78,8 @@ class StepBatches(Dataset):
             yield parts, position
 
     def __getitem__(self, step: int) -> list[Batch]:
-        drawn = self.samples.draw(step, range(self.process_index, self.batch_size, self.num_processes))
+        places = range(self.process_index, self.batch_size, self.num_processes)
+        drawn = self.samples.draw(step, (step + 1) / self.num_steps, places)
         drawn.sort(key=self.samples.length)
         count = len(drawn) // self.num_micro_batches
         return [self.samples.collate(drawn[first : first + count]) for first in range(0, len(drawn), count)]
@@ -88,24 +93,18 @@ class GeneratedSamples:
     """
 
     def __init__(
-        self,
-        arguments: TrackingArguments,
-        seed: int,
-        num_steps: int,
-        batch_size: int,
-        tokenizer: PreTrainedTokenizerBase | None,
+        self, arguments: TrackingArguments, seed: int, batch_size: int, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        self.arguments, self.seed, self.num_steps, self.batch_size = arguments, seed, num_steps, batch_size
-        self.tokenizer = tokenizer
+        self.arguments, self.seed, self.batch_size, self.tokenizer = arguments, seed, batch_size, tokenizer
         self.task = arguments.tasks()[0]
         if isinstance(self.task, BoxesTask):
             asked = min(max(arguments.questions, 1), self.task.num_queries())
             self.task = replace(self.task, queries_per_world=asked)
 
-    def draw(self, step: int, places: range) -> list[Any]:
+    def draw(self, step: int, progress: float, places: range) -> list[Any]:
         arguments = self.arguments
         drawn = float(np.random.default_rng([self.seed, _CURRICULUM, step]).random())
-        task = arguments.task_of_step(self.task, (step + 1) / self.num_steps, drawn)
+        task = arguments.task_of_step(self.task, progress, drawn)
         options: dict[str, Any] = {"seed": self.seed, "split_seed": arguments.split_seed}
         indices = (step * self.batch_size + place for place in places)
         rows = [row for index in indices for row in sample_rows(task, index, "train", **options)]
@@ -128,13 +127,26 @@ class FileTexts:
 
     Args:
         questions: asked of a text each time, drawn anew; 0 for all questions as samples of their own.
+        renamed: tokens that change places with each other in a text, drawn anew each time.
+        last_step: of the share of training done: the largest `step` of a question that is asked. Every text has to
+            have such a question.
 
     Raises:
         ValueError: fewer samples than a batch has.
     """
 
-    def __init__(self, texts: Sequence[SharedText], questions: int, seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        texts: Sequence[SharedText],
+        questions: int,
+        seed: int,
+        batch_size: int,
+        *,
+        renamed: Sequence[int] = (),
+        last_step: Callable[[float], int] | None = None,
+    ) -> None:
         self.texts, self.questions, self.seed, self.batch_size = texts, questions, seed, batch_size
+        self.renamed, self.last_step = np.array(renamed, dtype=np.int64), last_step
         self.samples: list[tuple[int, int | None]] = (
             [(place, None) for place in range(len(texts))]
             if questions
@@ -147,20 +159,32 @@ class FileTexts:
             )
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
-    def draw(self, step: int, places: range) -> list[Any]:
+    def draw(self, step: int, progress: float, places: range) -> list[Any]:
         epoch, position = divmod(step, self.steps_per_epoch)
         order = self._epoch_order(epoch)
         pairs: list[Any] = []
         for place in places:
             text_place, chosen = self.samples[order[position * self.batch_size + place]]
             text = self.texts[text_place]
-            if chosen is not None:
-                pairs.append((text.ids, [text.questions[chosen]]))
-                continue
             rng = np.random.default_rng([self.seed, _QUESTIONS, epoch, text_place])
-            asked = sorted(rng.permutation(len(text.questions))[: self.questions].tolist())
-            pairs.append((text.ids, [text.questions[number] for number in asked]))
+            if chosen is not None:
+                pairs.append(self._rename(text.ids, [text.questions[chosen]], rng))
+                continue
+            known = list(text.questions)
+            if self.last_step is not None:
+                last = self.last_step(progress)
+                known = [question for question in known if question.row["step"] <= last]
+            asked = sorted(rng.permutation(len(known))[: self.questions].tolist())
+            pairs.append(self._rename(text.ids, [known[number] for number in asked], rng))
         return pairs
+
+    def _rename(self, ids: NDArray[np.int64], questions: list[Question], rng: np.random.Generator) -> tuple[Any, Any]:
+        """A text and its questions with other names; their rows keep the old ones."""
+        if not self.renamed.size:
+            return ids, questions
+        names = np.arange(1 + max(self.renamed.max(), ids.max(), *(question.ids.max() for question in questions)))
+        names[self.renamed] = rng.permutation(self.renamed)
+        return names[ids], [replace(question, ids=names[question.ids]) for question in questions]
 
     def length(self, sample: Any) -> int:
         return max(question.seen for question in sample[1])

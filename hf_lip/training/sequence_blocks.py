@@ -52,7 +52,7 @@ class TextBlocks:
             )
         self._cut: tuple[int, int, NDArray[np.int64]] | None = None
 
-    def draw(self, step: int, places: range) -> list[Any]:
+    def draw(self, step: int, progress: float, places: range) -> list[Any]:
         epoch, position = divmod(step, self.steps_per_epoch)
         first, order = self._epoch(epoch)
         starts = [first + self.block_size * int(order[position * self.batch_size + place]) for place in places]

@@ -14,6 +14,7 @@ from .sequence_arguments import named_values
 
 
 GENERATED = ("chains", "random_chains", "permutations", "boxes")
+TASKS = (*GENERATED, "babi", "propara")
 # columns that name the text that questions share, and those that name a whole state
 TEXT_KEYS = {"boxes": ("sample_id",), "babi": ("task", "story_id"), "propara": ("para_id",)}
 STATE_KEYS = {"boxes": ("sample_id", "step"), "propara": ("para_id", "step")}
@@ -48,11 +49,14 @@ class TrackingArguments:
     num_variables: int | None = option(None, "chains, random_chains: names. Default: as many as the samples need.")
     curriculum: Literal["none", "grow", "log"] = option(
         "none",
-        "chains, permutations: which changes a training sample has: uniformly drawn; up to a largest number "
-        "that grows to its end over --curriculum_share of training; all samples of a step the same number, drawn "
-        "log-uniformly.",
+        "chains, permutations, boxes: which changes (boxes: operations) a training sample has: uniformly drawn; up "
+        "to a largest number that grows to its end over --curriculum_share of training, for boxes after the boxes "
+        "themselves, from two on; all samples of a step the same number, drawn log-uniformly (not for boxes).",
     )
     curriculum_share: float = option(0.6, "grow: share of training after which all lengths are drawn.")
+    curriculum_power: float = option(
+        1.0, "grow: the largest number grows as this power of the time; above 1 it stays longer with the shortest."
+    )
     constant_length: bool = option(
         False, "chains with a curriculum: as many entities as give every sample about the same number of statements."
     )
@@ -75,6 +79,11 @@ class TrackingArguments:
     query_steps: Literal["every", "last"] | None = option(None, "boxes, generated: when to ask. Default: every step.")
     boxes_train: str | None = option(None, "boxes: jsonl(.gz) file or folder to train on, in place of the generator.")
     boxes_eval: list[str] | None = option(None, "boxes: files to evaluate on, each named by its file name.")
+    rename_objects: bool = option(
+        False,
+        "boxes, from files: give the objects of a text other names of the data each time, drawn anew: a thousand "
+        "worlds can be learnt by heart.",
+    )
     data_path: str | None = option(None, "babi: zip or folder; propara: folder of jsonl(.gz) files.")
     babi_task: int | None = option(None, "babi: 1 to 20.")
     eval_split: Literal["validation", "test"] = option("test", "Split to evaluate on, generated or of a folder.")
@@ -103,7 +112,7 @@ class TrackingArguments:
                 *("literal_probability", "previous_probability"),
             ),
             "permutations": ("form", *changes, "num_elements", "moves"),
-            "boxes": ("boxes_train", "boxes_eval", "questions_per_text", *generated_boxes),
+            "boxes": ("boxes_train", "boxes_eval", "rename_objects", "questions_per_text", *generated_boxes),
             "babi": ("data_path", "babi_task", "questions_per_text"),
             "propara": ("data_path", "questions_per_text"),
         }
@@ -111,10 +120,13 @@ class TrackingArguments:
         for name in sorted(set().union(*of_task.values()) - own):
             if getattr(self, name) not in (None, False):
                 raise ValueError(f"--{name} is no option of --task {self.task}.")
-        require(self, "eval_samples curriculum_share", "> 0")
+        require(self, "eval_samples curriculum_share curriculum_power", "> 0")
         require(self, "questions_per_text split_seed eval_seed", ">= 0")
-        if self.curriculum != "none" and self.task not in ("chains", "permutations"):
-            raise ValueError(f"--curriculum needs a number of state changes, which --task {self.task} has not.")
+        known = {"none": TASKS, "grow": ("chains", "permutations", "boxes"), "log": ("chains", "permutations")}
+        if self.task not in known[self.curriculum]:
+            raise ValueError(f"--curriculum {self.curriculum} is no option of --task {self.task}.")
+        if self.curriculum == "grow" and self.boxes_train and not self.questions:
+            raise ValueError("--curriculum grow chooses questions of a text: leave out --questions_per_text 0.")
         if self.curriculum_share > 1:
             raise ValueError(f"--curriculum_share must be at most 1, got {self.curriculum_share}.")
         if self.constant_length and self.curriculum != "log":
@@ -131,6 +143,8 @@ class TrackingArguments:
                 raise ValueError(f"--{wrong[0]} is for generated worlds: leave it out with --boxes_train.")
             if not self.boxes_eval:
                 raise ValueError("--boxes_train needs files to evaluate on: give --boxes_eval.")
+        elif self.rename_objects:
+            raise ValueError("--rename_objects is for worlds of files (--boxes_train): generated ones are all new.")
         if self.task in ("babi", "propara") and not self.data_path:
             raise ValueError(f"--task {self.task} needs --data_path.")
         if self.task == "babi" and self.babi_task is None:
@@ -204,12 +218,13 @@ class TrackingArguments:
             progress: share of training done.
             drawn: a uniform number of the step, in [0, 1).
         """
-        low, high = self.changes()
         if self.curriculum == "none":
             return task
+        if isinstance(task, BoxesTask):
+            return _shorter_worlds(task, self.reached(2 - task.num_boxes, task.num_operations, progress))
+        low, high = self.changes()
         if self.curriculum == "grow":
-            top = low + round((high - low) * min(progress / self.curriculum_share, 1.0))
-            return _with_changes(task, (low, max(low, top)))
+            return _with_changes(task, (low, self.reached(low, high, progress)))
         smallest = max(low, 1)
         # every whole number between has its share of the logarithmic scale
         count = int(smallest * ((high + 1) / smallest) ** drawn)
@@ -217,6 +232,10 @@ class TrackingArguments:
         if self.constant_length and isinstance(changed, ChainsTask):
             changed = replace(changed, num_entities=max(2, (changed.num_entities * (high + 1)) // (count + 1)))
         return changed
+
+    def reached(self, low: int, high: int, progress: float) -> int:
+        """The largest number of changes that `--curriculum grow` asks for at some share of training."""
+        return low + round((high - low) * min(progress / self.curriculum_share, 1.0) ** self.curriculum_power)
 
     def load(self) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
         """Rows to train on, and rows of the evaluations by name, from files."""
@@ -289,6 +308,15 @@ def _with_changes(task: TrackingTask, changes: int | tuple[int, int]) -> Trackin
         return replace(task, num_moves=changes)
     assert isinstance(task, ChainsTask)
     return replace(task, num_state_changes=changes)
+
+
+def _shorter_worlds(task: BoxesTask, last_step: int) -> BoxesTask:
+    """With the operations up to a step; before step 0, with so many boxes less and no operation."""
+    shorter = replace(
+        task, num_boxes=task.num_boxes + min(last_step, 0), num_operations=max(last_step, 0), queries_per_world=None
+    )
+    asked = task.queries_per_world
+    return shorter if asked is None else replace(shorter, queries_per_world=min(asked, shorter.num_queries()))
 
 
 def _known(given: dict[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class TestBlocks:
         assert (blocks.num_blocks, blocks.steps_per_epoch) == (9, 3)
         epochs = []
         for epoch in range(2):
-            drawn = [block for step in range(3) for block in blocks.draw(3 * epoch + step, range(3))]
+            drawn = [block for step in range(3) for block in blocks.draw(3 * epoch + step, 0.5, range(3))]
             batch = blocks.collate(drawn)
             assert torch.equal(batch["targets"], batch["input_ids"] + 1)
             targets = sorted(batch["targets"].flatten().tolist())
@@ -123,7 +123,7 @@ class TestBlocks:
 
     def test_the_shortest_text_has_one_block(self):
         blocks = TextBlocks(np.arange(11, dtype=np.int32), 10, seed=0, batch_size=1)
-        assert blocks.collate(blocks.draw(5, range(1)))["targets"].tolist() == [list(range(1, 11))]
+        assert blocks.collate(blocks.draw(5, 0.5, range(1)))["targets"].tolist() == [list(range(1, 11))]
         with pytest.raises(ValueError, match=r"--train_batch_size is 1 blocks of --block_size 10.* 10 tokens"):
             TextBlocks(np.arange(10, dtype=np.int32), 10, seed=0, batch_size=1)
 
