@@ -7,21 +7,26 @@
 What is sent is what the folder holds for others to use: weights, config, image processor or tokenizer, certificate,
 card, results and plots, and in addition the shim (hf-plugin 10.3), with which the checkpoint loads without
 `import hf_lip`. Hidden files, training checkpoints, optimiser states and logs stay at home. The folder is not changed.
+
+`transformers.Trainer` uploads its output folder by itself (`push_to_hub=True`, `trainer.push_to_hub()`): with the
+certificate, without the shim, and with its arguments as a pickle. Give `push_folder` (or `hf-lip push`) that folder
+after the training instead, or call `trainer.model.push_to_hub(...)`, which has the shim.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitInfo
-from torch import Tensor
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
 from .checkpoints.source import CONFIG_FILE, INDEX_SUFFIX, WEIGHTS_FILE, Checkpoint
-from .models.certificate import CERTIFICATE_NAME, LipschitzCertificate, weights_sha256
+from .checkpoints.stored_weights import stored_weights_sha256
+from .models.certificate import CERTIFICATE_NAME, LipschitzCertificate
 from .models.certified_model import PICKLE_SUFFIXES, finish_interrupted_save
-from .models.hub_upload import Files, open_hub, open_repository, publish, require_destination
+from .models.hub_upload import Files, clear_errors, open_hub, open_repository, publish, require_destination
 from .models.lipschitz_vision.configuration_lipschitz_vision import LipschitzVisionConfig
 from .models.shim import shim_files
 
@@ -31,6 +36,8 @@ logger = logging.get_logger(__name__)
 CARD_NAME = "README.md"
 # the class whose `save_pretrained` always writes a certificate
 CERTIFIED_CLASS = "LipschitzVisionForImageClassification"
+# what a new repository holds
+_INITIAL = (".gitattributes", CARD_NAME)
 # of the training script, of transformers.Trainer and of trackers
 PRIVATE_FOLDERS = ("checkpoint-*", "logs", "runs", "wandb", "trackio", "__pycache__")
 PRIVATE_FILES = (
@@ -64,15 +71,32 @@ class PushReport:
         return self.commit.pr_url or self.commit.commit_url
 
 
-def require_pushable(repo_id: str, token: str | bool | None = None) -> None:
+def require_pushable(repo_id: str, token: str | bool | None = None, *, new: bool = False) -> None:
     """Raise before the work rather than after it if a push cannot succeed: no such name, no token, one refused.
 
+    Args:
+        new: refuse a repository that holds more than a card, so that none of its files are mixed with the new ones.
+
     Raises:
-        ValueError: `repo_id` is not the name of a repository, or there is no token.
+        ValueError: `repo_id` is not the name of a repository, there is no token, or a repository that is not `new`.
         OSError: the Hub refuses the token, or cannot be reached.
     """
     require_destination(repo_id)
-    open_hub(token)
+    api = open_hub(token)
+    if not new:
+        return
+    try:
+        with clear_errors(f"{repo_id} could not be read"):
+            name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+            files = api.model_info(name).siblings or []
+    except RepositoryNotFoundError:
+        return
+    present = sorted(file.rfilename for file in files if file.rfilename not in _INITIAL)
+    if present:
+        raise ValueError(
+            f"`repo_id` {repo_id} holds {', '.join(present[:5])} already, and nothing is overwritten: name a new "
+            "repository."
+        )
 
 
 def push_folder(
@@ -167,8 +191,7 @@ def _check(folder: Path, paths: Mapping[str, Path]) -> bool:
             f"{folder} has no weights: neither {WEIGHTS_FILE} nor the index of its shards. Give the folder that "
             "`save_pretrained` wrote."
         )
-    checkpoint = Checkpoint.open(folder)
-    stored = checkpoint.config or {}
+    stored = Checkpoint.open(folder).config or {}
     if CERTIFICATE_NAME not in paths:
         if CERTIFIED_CLASS in (stored.get("architectures") or ()):
             raise ValueError(
@@ -182,21 +205,5 @@ def _check(folder: Path, paths: Mapping[str, Path]) -> bool:
             f"{stored.get('model_type')}: save the model again."
         )
     architecture = LipschitzVisionConfig.from_pretrained(folder).architecture()
-    certificate.require_match(weights_sha256(StoredTensors(checkpoint)), architecture, str(folder))
+    certificate.require_match(stored_weights_sha256(folder), architecture, str(folder))
     return True
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """Tensors of a checkpoint by name, each read when it is asked for."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint.names)
-
-    def __len__(self) -> int:
-        return len(self.checkpoint.names)

@@ -42,7 +42,7 @@ def plot_certified_accuracy(
     """Certified accuracy against the l2 radius, the exact step function, with the usual radii marked.
 
     Args:
-        radii: certified radii (N,) in pixels of [0, 1], NaN where there is none.
+        radii: certified radii (N,) in pixels of [0, 1], 0 where there is no certificate.
         correct: whether each prediction is right, (N,).
         ax: axes to draw into, for several curves in one plot; by default a new figure.
         path: file to write, atomically; its suffix chooses the format.

@@ -15,8 +15,6 @@ al.), summary.json and plots. `hf-lip certify --from-counts OUT/counts.jsonl` ce
 """
 
 import os
-import shlex
-import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,6 +30,7 @@ from hf_lip.pipelines.dataset_run import Processes
 from hf_lip.pipelines.job import CertifyJob
 from hf_lip.pipelines.report import write_report
 from hf_lip.pipelines.settings import METHODS
+from hf_lip.training.run_record import command_line
 
 
 # processes that are done wait for the slowest
@@ -45,6 +44,7 @@ class DataArguments:
     data: str = field(
         default="digits", metadata={"help": "'digits', a folder or file of parquet, a folder of images, or a Hub id."}
     )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
     split: str = field(default="test", metadata={"help": "Split of the data."})
     name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     image_column: str | None = field(default=None, metadata={"help": "Column with the images."})
@@ -116,6 +116,7 @@ def make_job(data: DataArguments, smoothing: SmoothingArguments, device: Any) ->
         stride=data.stride,
         batch_size=smoothing.batch_size,
         device=device,
+        revision=data.revision,
     )
 
 
@@ -138,8 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
         records = job.run(out, resume=data.resume, overwrite=data.overwrite, processes=processes, progress=progress)
     if records is not None:
-        words = [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
-        summary = {**job.summary(records, STANDARD_RADII), "command": shlex.join(words)}
+        summary = {**job.summary(records, STANDARD_RADII), "command": command_line(argv)}
         title = f"{Path(data.model).name} on {Path(data.data).name} ({data.split})"
         write_report(out, records, summary, title)
         print(describe(summary))

@@ -139,7 +139,7 @@ def file_data(
 
 
 def names_to_exchange(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of the objects.
+    """Tokens of the objects, sorted by name.
 
     Raises:
         ValueError: a checkpoint's tokenizer that cuts words into pieces.

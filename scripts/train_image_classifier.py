@@ -45,12 +45,8 @@ checkpoint-<step> folders.
 """
 
 import os
-import platform
-import shlex
-import sys
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +58,7 @@ from huggingface_hub import get_token
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import HfArgumentParser
 
+from hf_lip.checkpoints.stored_weights import stored_weights_sha256
 from hf_lip.data import image_to_tensor, load_image_dataset
 from hf_lip.hub import push_folder, require_pushable
 from hf_lip.models.certificate import weights_sha256
@@ -75,6 +72,7 @@ from hf_lip.training.loop import make_optimizer, train_model
 from hf_lip.training.models import plan_model, save_model
 from hf_lip.training.objective import Objective
 from hf_lip.training.run_folder import find_checkpoint, list_checkpoints, remove_checkpoint, write_json
+from hf_lip.training.run_record import command_line, hardware, public_value, versions
 from hf_lip.training.splits import Split, read_split
 
 
@@ -162,10 +160,10 @@ def write_results(
     command: str,
     num_processes: int,
 ) -> None:
-    packages = ("torch", "transformers", "accelerate", "datasets", "safetensors")
     seen = state.step * batches.batch_size
     results = {
         **metrics,
+        "weights_sha256": stored_weights_sha256(output_dir),
         "model_type": model.config.model_type,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs": state.step / batches.steps_per_epoch,
@@ -178,9 +176,10 @@ def write_results(
         "cpu_seconds": round(state.cpu_seconds, 3),
         "num_processes": num_processes,
         "device": str(batches.images.device),
+        "hardware": hardware(batches.images.device, model.dtype, arguments["mixed_precision"]),
         "command": command,
-        "arguments": arguments,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "arguments": public_value(arguments),
+        "versions": versions(),
         "history": state.history,
     }
     write_json(output_dir / "results.json", results)
@@ -245,8 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics["layer_norm_estimates"] = LipschitzRegularizer(final_model, example_inputs=example).norm_estimates()
     accelerator.print(f"{data.eval_split}: {describe(metrics)}")
     if accelerator.is_main_process:
-        words = [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]
-        command = shlex.join(word.replace(args.hub_token, "***") if args.hub_token else word for word in words)
+        command = command_line(argv, secret=args.hub_token)
         save_model(final_model, image_processor, output_dir)
         write_results(output_dir, final_model, metrics, state, batches, arguments, command, accelerator.num_processes)
         if args.push_to_hub:

@@ -135,6 +135,23 @@ def test_no_model_is_the_embedded_one(model_folder, tmp_path, monkeypatch):
     assert "embedded default on digits" in result.output
 
 
+def test_a_summary_says_of_which_weights_it_is_and_how_it_was_made(model_folder, tmp_path):
+    options = ("--method", "auto", "--limit", "3", "--device", "cpu")
+    assert run("certify", "--out", tmp_path / "out", model_folder, *options).exit_code == 0
+    text = (tmp_path / "out" / "summary.json").read_text()
+    assert str(tmp_path.parent) not in text
+    summary = json.loads(text)
+    certificate = json.loads((model_folder / "lipschitz_certificate.json").read_text())
+    assert summary["weights_sha256"] == certificate["weights_sha256"]
+    # in the order of the help, and no option that was not given
+    assert summary["command"] == f"hf-lip certify {model_folder.name} --method auto --limit 3 --out out --device cpu"
+    assert (summary["model"], summary["hardware"]["dtype"]) == (model_folder.name, "float64")
+    assert {"python", "torch", "transformers", "hf_lip"} <= set(summary["versions"])
+    result = run("certify", "--revision", "v2", "--out", tmp_path / "b")
+    assert result.exit_code == 2
+    assert "`--revision` is of a Hub repository: name it as MODEL." in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -150,6 +167,7 @@ def test_no_model_is_the_embedded_one(model_folder, tmp_path, monkeypatch):
         (("--radii", "a/b"), "`--radii` holds 'a/b'"),
         (("--radii", "-1"), "`--radii` holds '-1'"),
         (("--radii", ","), "`--radii` is empty"),
+        (("--revision", "v2"), "`--revision` 'v2' is of a Hub repository"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(model_folder, tmp_path, arguments, message):

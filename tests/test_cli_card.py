@@ -66,6 +66,29 @@ def test_a_number_nobody_measured(folder):
     assert "states what no results file holds: 97.77 %" in result.output
 
 
+def test_weights_that_are_not_those_of_the_results(folder):
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps({**results, "weights_sha256": "0" * 64}))
+    result = run(folder)
+    assert result.exit_code == 2
+    assert "results.json is of weights with sha256 0000000000000000..., those in " in result.output
+    assert "Evaluate these weights again with `hf-lip card --evaluate-again digits`" in result.output
+    assert not (folder / "README.md").exists()
+    result = run(folder, "--evaluate-again", "--device", "cpu", "--no-plot")
+    assert result.exit_code == 0, result.output
+    assert "results.json, which no longer, as it is of other weights, says how the model was trained." in result.output
+    assert f"Wrote {folder / 'README.md'}" in result.output
+    assert json.loads(path.read_text())["weights_sha256"] == results["weights_sha256"]
+    assert run("--check", folder, "--device", "cpu").exit_code == 0
+
+
+def test_help_says_how_papers_stand_beside_the_measured_figures():
+    text = " ".join(run("--help").output.split())
+    for words in ("published.json", '"source"', '"values": {"clean accuracy": 0.712}', "fractions of 1", '"remark"'):
+        assert words in text
+
+
 def test_a_number_that_is_not_reproduced(folder):
     results = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps({**results, "clean_accuracy": 449 / 450}))
@@ -82,6 +105,8 @@ def test_a_number_that_is_not_reproduced(folder):
         (("--check", "--overwrite"), "`--overwrite` is for `hf-lip card` without --check"),
         (("--check", "--license", "mit"), "`--license` is for `hf-lip card` without --check"),
         (("--limit", "3"), "`--limit` is for `hf-lip card` with --check"),
+        (("--data", "digits"), "`--data` is for `hf-lip card` with --check or --evaluate-again"),
+        (("--check", "--evaluate-again"), "`--evaluate-again` is for `hf-lip card` without --check"),
         (("--no-rerun",), "`--no-rerun` is for `hf-lip card` with --check"),
         (("--check",), "has no README.md to check"),
         (("--check", "--limit", "0"), "has no README.md to check"),

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hf_lip.cli import app
+from hf_lip.models.cifar_resnet.configuration_cifar_resnet import CifarResNetConfig
+from hf_lip.models.cifar_resnet.modeling_cifar_resnet import CifarResNetForImageClassification
+from hf_lip.models.shim import SHIM_NAME
 
 from .checkpoints.tiny_checkpoints import PlainNet, resnet, save_plain, stirred, vit
 from .hub_endpoint import HubEndpoint
@@ -41,10 +45,18 @@ from typer.testing import CliRunner
 from hf_lip.cli import app
 
 seen = {}
-cases = {"no token": ("", "new"), "wrong token": ("hf_wrong", "new"), "occupied": (sys.argv[3], "occupied")}
-for case, (token, name) in cases.items():
+model, bare, out, right = sys.argv[1:]
+cases = {
+    "no token": ("", model, "owner/new"),
+    "wrong token": ("hf_wrong", model, "owner/new"),
+    "occupied": (right, model, "owner/occupied"),
+    "occupied, without its owner": (right, model, "occupied"),
+    "no name": (right, model, "a/b/c"),
+    "no config": (right, bare, "owner/new"),
+}
+for case, (token, source, name) in cases.items():
     os.environ["HF_TOKEN"] = token
-    words = ["rescale", sys.argv[1], "--out", sys.argv[2], "--push-to", f"owner/{name}"]
+    words = ["rescale", source, "--out", out, "--push-to", name]
     result = CliRunner().invoke(app, words)
     seen[case] = [result.exit_code, result.output]
 print(json.dumps(seen))
@@ -216,12 +228,17 @@ def test_from_the_hub_with_everything_a_model_needs(hub, python, folder, tmp_pat
 def test_pushes_that_cannot_work_are_refused_before_the_work(hub, python, folder, tmp_path):
     hub.commit("owner/occupied", {"model.safetensors": b"someone's"}, "first")
     before = {name: list(history) for name, history in hub.repos.items()}
-    done = python("-c", REFUSED, folder, tmp_path / "out", hub.token, token=None)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(folder / "model.safetensors", tmp_path / "bare")
+    done = python("-c", REFUSED, folder, tmp_path / "bare", tmp_path / "out", hub.token, token=None)
     assert done.returncode == 0, done.stderr
     expected = {
-        "no token": "`push_to` needs a token: run `hf auth login`",
+        "no token": "A push needs a token: run `hf auth login`",
         "wrong token": "Invalid user token",
         "occupied": "owner/occupied holds model.safetensors already, and nothing is overwritten",
+        "occupied, without its owner": "occupied holds model.safetensors already",
+        "no name": "'a/b/c' is not the name of a Hub repository",
+        "no config": "there is no config.json beside the weights of ",
     }
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen.keys() == expected.keys()
@@ -229,4 +246,22 @@ def test_pushes_that_cannot_work_are_refused_before_the_work(hub, python, folder
         assert code == 2
         assert expected[case] in output
     assert {name: list(history) for name, history in hub.repos.items()} == before
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
+def test_a_model_of_ours_is_pushed_with_its_shim_and_privately(hub, python, tmp_path):
+    torch.manual_seed(0)
+    config = CifarResNetConfig.from_depth(8, num_channels=1, image_size=8, num_labels=10)
+    CifarResNetForImageClassification(config).eval().save_pretrained(tmp_path / "model")
+    words = ["rescale", tmp_path / "model", "--to", "0.5", "--out", tmp_path / "out", "--push-to", "ours", "--private"]
+    done = python("-m", "hf_lip.cli", *words)
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories["owner/ours"].private
+    files = hub.find("owner/ours").files
+    assert set(files) == {".gitattributes", SHIM_NAME, *(path.name for path in (tmp_path / "out").iterdir())}
+    assert SHIM_NAME.removesuffix(".py") in json.loads(files["config.json"])["auto_map"]["AutoConfig"]
+    done = python(
+        "-m", "hf_lip.cli", "rescale", tmp_path / "model", "--out", tmp_path / "b", "--push-to", "owner/ours"
+    )
+    assert done.returncode == 2
+    assert "nothing is overwritten" in done.stderr

@@ -74,6 +74,12 @@ seen["moving"] = load("owner/moving").certificate.weights_sha256
 seen["verified"] = hf_lip.verify_checkpoint(snapshot_download("owner/digits")).reasons
 done = CliRunner().invoke(app, ["certify", "owner/digits", "--limit", "4", "--out", "certified"])
 seen["certify"] = [done.exit_code, done.output, len(open("certified/certificates.tsv").readlines())]
+words = ["certify", "owner/digits", "--revision", "v2", "--limit", "4", "--out", "certified_v2"]
+done = CliRunner().invoke(app, words)
+summary = json.load(open("certified_v2/summary.json"))
+seen["certify v2"] = [done.exit_code, summary["weights_sha256"], summary["revision"], summary["command"]]
+words[3] = "v9"
+seen["errors"]["revision of certify"] = CliRunner().invoke(app, words).output
 seen["errors"] |= {
     "revision": refused(load, "owner/digits", revision="v9"),
     "revision of the pipeline": refused(pipeline, "certify", model="owner/digits", revision="v9"),
@@ -315,14 +321,17 @@ def test_with_import(hub, folders, expected, pushed, fresh, monkeypatch):
     code, output, lines = seen["certify"]
     assert (code, lines) == (0, 5), output
     assert "owner/digits on digits (test, 4 images)" in output
+    assert seen["certify v2"] == [
+        0, expected["v2"][0], "v2", "hf-lip certify owner/digits --revision v2 --limit 4 --out certified_v2"
+    ]  # fmt: skip
     errors = seen["errors"]
-    for name in ("revision", "revision of the pipeline"):
+    for name in ("revision", "revision of the pipeline", "revision of certify"):
         assert "v9 is not a valid git identifier" in errors[name]
     for name, repo in (("repository", "owner/absent"), ("private", "owner/secret")):
         assert f"{repo} is not a local folder and is not a valid model identifier" in errors[name]
     assert "401" in errors["wrong token"]
     for name in ("tampered", "tampered, own class", "tampered, pipeline"):
-        assert "The weights in owner/tampered have sha256" in errors[name], errors[name]
+        assert errors[name].startswith("ValueError: The weights in owner/tampered have sha256"), errors[name]
     assert (
         f"config.json in owner/reconfigured says image_std=[2.0], its {CERTIFICATE_NAME} is for"
         in (errors["tampered config"])

@@ -2,19 +2,20 @@
 """The text of a card, a function of the files in its folder alone: the same files give the same text anywhere."""
 
 import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from ..card_text import markdown_table, rounded_up
+from ..checkpoints.stored_weights import stored_weights_sha256
 from ..models.certificate import CERTIFICATE_NAME, LipschitzCertificate
 from .card_plots import PLOTS
-from .evaluations import read_evaluations
-from .figures import Evaluation, Figure, data_name, read_json_object
+from .evaluations import RESULTS_NAME, read_evaluations
+from .figures import Evaluation, Figure, read_json_object
 from .published import PublishedResult, read_published
 from .result_tables import by_depth_table, results_table, shown_figures
+from .run_text import certification_text, describe_training, hardware_text
 from .sections import hand_written_block
 from .use import how_to_use, intended_use
 
@@ -51,9 +52,9 @@ class CardSource:
 
     @property
     def training(self) -> Mapping[str, Any] | None:
-        """The results of the training script, which say how the model was made."""
+        """The results of the training script, which say how the model was made; None for those that do not."""
         made = [one.content for one in self.evaluations if one.kind != "certification"]
-        return made[0] if made else None
+        return made[0] if made and "command" in made[0] else None
 
 
 def read_source(folder: str | Path) -> CardSource:
@@ -82,12 +83,10 @@ def read_source(folder: str | Path) -> CardSource:
                 f"{one.file} is of a model with the constant {stated!r}, {CERTIFICATE_NAME} in {folder} states "
                 f"{certificate.lipschitz_constant!r}: evaluate these weights again."
             )
-        other = one.content.get("weights_sha256")
-        if certificate is not None and other not in (None, certificate.weights_sha256):
-            raise ValueError(f"{one.file} is of weights with sha256 {other}, not of those in {folder}.")
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise FileNotFoundError(f"{folder} has no safetensors weights: give the folder that holds the model.")
+    _require_same_weights(folder, evaluations)
     return CardSource(
         folder,
         config,
@@ -97,6 +96,27 @@ def read_source(folder: str | Path) -> CardSource:
         {name: _sha256(folder / name) for name in names},
         [name for name in PLOTS if (folder / name).is_file()],
     )
+
+
+def _require_same_weights(folder: Path, evaluations: Sequence[Evaluation]) -> None:
+    """Raise unless every file says that it is of the weights in the folder."""
+    stored = stored_weights_sha256(folder)
+    for one in evaluations:
+        settings = one.content.get("settings")
+        stated = one.content.get("weights_sha256") or (settings or {}).get("weights_sha256")
+        again = f"`hf-lip certify {folder.name}`"
+        if one.file == RESULTS_NAME:
+            again = f"`hf-lip card --evaluate-again {folder.name}`"
+        if stated is None:
+            raise ValueError(
+                f"{one.file} does not say of which weights its figures are (weights_sha256): evaluate again with "
+                f"{again}, which does."
+            )
+        if stated != stored:
+            raise ValueError(
+                f"{one.file} is of weights with sha256 {stated[:16]}..., those in {folder} have {stored[:16]}...: its "
+                f"figures are of another model. Evaluate these weights again with {again}."
+            )
 
 
 def body_parts(source: CardSource, name: str, written: Mapping[str, str]) -> list[str]:
@@ -116,7 +136,7 @@ def body_parts(source: CardSource, name: str, written: Mapping[str, str]) -> lis
         *(f"![{PLOTS[plot]}]({plot})" for plot in source.plots),
         "## Use",
         how_to_use(source.config, name, source.evaluations),
-        *(["## Training", *_training(training)] if training is not None else []),
+        *(["## Training", *describe_training(training)] if training is not None else []),
         "## Certificate" if source.certificate is not None else "## Weights",
         *_proof(source),
         "## Intended use and limits",
@@ -204,59 +224,11 @@ def _explanation(evaluation: Evaluation) -> str:
         )
     if evaluation.task == "image-classification":
         text += " Intervals (Clopper-Pearson) are for other images of the same kind."
+    if "evaluated_again" in evaluation.content:
+        text += f" Evaluated again on {hardware_text(evaluation.content['evaluated_again']['hardware'])}."
+    if evaluation.kind == "certification":
+        text += certification_text(evaluation.content)
     return text
-
-
-def _training(results: Mapping[str, Any]) -> list[str]:
-    command = f"```bash\n{_public_command(results)}\n```" if results.get("command") else ""
-    facts = []
-    arguments = results.get("arguments", {})
-    if "train_samples" in results:
-        of = f"{data_name(arguments['dataset'])}, {arguments['train_split']}: " if "dataset" in arguments else ""
-        facts.append(f"{of}{results['train_samples']:,} images")
-    if "epochs" in results:
-        facts.append(f"{results['epochs']:g} epochs")
-    if "train_tokens_seen" in results:
-        facts.append(f"{results['train_tokens_seen']:,} supervised tokens")
-    if "steps" in results:
-        facts.append(f"{results['steps']:,} steps")
-    lines = [f"Data and steps: {', '.join(facts)}{_stopped(results)}."] if facts else []
-    if "seconds" in results:
-        processes = results.get("num_processes", 1)
-        machine = results.get("hardware") or results.get("device", "unknown device")
-        cpu = f" ({_time(results['cpu_seconds'])} of CPU time)" if "cpu_seconds" in results else ""
-        plural = f"{processes} processes" if processes != 1 else "one process"
-        lines.append(f"Hardware and time: {machine}, {plural}, {_time(results['seconds'])}{cpu}.")
-    if "versions" in results:
-        lines.append(f"Versions: {', '.join(f'{name} {number}' for name, number in results['versions'].items())}.")
-    return [command, "\n".join(f"- {line}" for line in lines)]
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100.0 else f"{seconds:,.0f} s"
-
-
-def _stopped(results: Mapping[str, Any]) -> str:
-    return ", stopped before the planned end" if results.get("stopped_early") else ""
-
-
-def _public_command(results: Mapping[str, Any]) -> str:
-    """The command without the folders of the machine it ran on."""
-    words = shlex.split(str(results["command"]))
-    shown = ["python", f"scripts/{words[0]}"] if words[0].endswith(".py") else words[:1]
-    for word in words[1:]:
-        path = PurePath(word)
-        hidden = path.is_absolute() or word.startswith("~") or ".." in path.parts
-        shown.append(f"path/to/{path.name}" if hidden else word)
-    lines, line = [], ""
-    for word in map(shlex.quote, shown):
-        # an option stays on the line of its value where there is room
-        if line and len(line) + len(word) > 100:
-            lines.append(line)
-            line = f"    {word}"
-        else:
-            line = f"{line} {word}" if line else word
-    return " \\\n".join([*lines, line])
 
 
 def _proof(source: CardSource) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..card_text import CARD_NAME, card_text
+from ..checkpoints.stored_weights import stored_weights_sha256
 from ..checkpoints.verify import verify_checkpoint
 from .body import CardSource, body_parts, read_source
 from .card_plots import is_plot_of
@@ -25,7 +26,7 @@ from .writer import describe_unmeasured, metadata_of, name_of, unmeasured
 _TOKEN = re.compile(r"[0-9a-f]{64}|\d[\d.,]*(?:[eE][+-]?\d+)?")
 _LINES_SHOWN = 5
 
-__all__ = ["CardCheck", "CheckedFigure", "check_card"]
+__all__ = ["CardCheck", "CheckedFigure", "check_card", "rerun_evaluation"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def check_card(
     device: str | None = None,
     batch_size: int | None = None,
     rerun: bool = True,
+    verify: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> CardCheck:
     """Check the card of a folder against its files, and its files against the model.
@@ -101,6 +103,7 @@ def check_card(
         device: such as "cpu" or "cuda:0"; default: a GPU where there is one.
         batch_size: examples a forward pass.
         rerun: leave out 3 if False.
+        verify: leave out 2 if False; then the certificate is only compared with the weights' hash.
         progress: called with the numbers of examples done and to do.
 
     Raises:
@@ -122,7 +125,7 @@ def check_card(
         return check
     _check_numbers(card, source, check)
     _check_plots(source, check)
-    held = _check_certificate(source, check)
+    held = _check_certificate(source, check, verify)
     if rerun and held:
         for evaluation in source.evaluations:
             _run_again(place, evaluation, request, check)
@@ -205,8 +208,15 @@ def _check_plots(source: CardSource, check: CardCheck) -> None:
             check.problems.append(f"{name} was not drawn from the figures of the files: write the card again.")
 
 
-def _check_certificate(source: CardSource, check: CardCheck) -> bool:
+def _check_certificate(source: CardSource, check: CardCheck, verify: bool) -> bool:
     if source.certificate is None:
+        return True
+    if not verify:
+        stored = stored_weights_sha256(source.folder)
+        if source.certificate.weights_sha256 != stored:
+            check.problems.append("The certificate does not hold: it is of other weights.")
+            return False
+        check.notes.append("The certificate is of these weights. It was not computed again.")
         return True
     report = verify_checkpoint(source.folder)
     if report.ok:
@@ -218,7 +228,7 @@ def _check_certificate(source: CardSource, check: CardCheck) -> bool:
 
 
 def _run_again(folder: Path, evaluation: Evaluation, request: Request, check: CardCheck) -> None:
-    rerun = _rerun(folder, evaluation, request)
+    rerun = rerun_evaluation(folder, evaluation, request)
     check.notes.append(f"{evaluation.where}: evaluated again on {rerun.examples}, {_rule(rerun)}.")
     left_out = []
     for figure in evaluation.figures:
@@ -237,7 +247,12 @@ def _run_again(folder: Path, evaluation: Evaluation, request: Request, check: Ca
         check.notes.append(f"{evaluation.where}: the sample holds nothing to check {_some(left_out)} with.")
 
 
-def _rerun(folder: Path, evaluation: Evaluation, request: Request) -> Rerun:
+def rerun_evaluation(folder: Path, evaluation: Evaluation, request: Request) -> Rerun:
+    """An evaluation of a folder again, by what it was of.
+
+    Raises:
+        FileNotFoundError, ValueError: the data are not where they were, or are others.
+    """
     # each brings much with it that the others do not need
     if evaluation.kind == "tracking":
         from .tracking_reruns import rerun_tracking

@@ -46,6 +46,15 @@ def card(
         ),
     ] = False,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the plots.", rich_help_panel=_WRITE)] = True,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate-again",
+            help="First run the evaluation of results.json again, on all examples, and put its figures and the hash "
+            "of the weights there: for weights that are not those of the file.",
+            rich_help_panel=_WRITE,
+        ),
+    ] = False,
     data: Annotated[
         str | None, typer.Option(help="Place of the data, if not as in the files.", rich_help_panel=_CHECK)
     ] = None,
@@ -63,18 +72,29 @@ def card(
 ) -> None:
     """Write a model card whose numbers come from results.json and summary.json alone, or check one.
 
+    The files have to be of the weights in the folder, by their hash. Text between the marks of the sections
+    description and notes is written by hand and kept; a number there that no file holds is refused.
+
+    Figures of papers may stand beside the measured ones, in a column of their own: published.json in the folder
+    holds a list of {"source": "Araujo et al. 2023, table 1", "values": {"clean accuracy": 0.712},
+    "remark": "1,000 epochs there, 20 here."}, values as fractions of 1 under the names that the card gives the
+    measured figures; "file" and "name" choose the evaluation where there are several.
+
     --check compares every number of the card with the files, verifies the certificate, and runs the evaluation again:
     on all examples figures have to be the same, on a sample they have to lie in its 99.9 % intervals.
     """
     given: dict[str, Any] = {"--name": name, "--license": license_id, "--tag": tags, "--dataset": datasets}
-    given["--overwrite"] = overwrite
-    of_check: dict[str, Any] = {"--data": data, "--limit": limit, "--device": device, "--batch-size": batch_size}
-    of_check |= {"--stride": stride != 1, "--no-rerun": not rerun}
+    given |= {"--overwrite": overwrite, "--evaluate-again": again}
+    where: dict[str, Any] = {"--data": data, "--device": device, "--batch-size": batch_size}
+    of_check: dict[str, Any] = {"--limit": limit, "--stride": stride != 1, "--no-rerun": not rerun}
     with errors_as_one_line():
         for option, value in (given if check else of_check).items():
             if value:
                 other = "without" if check else "with"
                 raise ValueError(f"`{option}` is for `hf-lip card` {other} --check: leave it out.")
+        for option, value in where.items():
+            if value and not (check or again):
+                raise ValueError(f"`{option}` is for `hf-lip card` with --check or --evaluate-again: leave it out.")
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
@@ -85,6 +105,8 @@ def card(
             return
         from hf_lip.cards import UnmeasuredNumberError, write_card
 
+        if again:
+            _evaluate_again(folder, data, {"device": device, "batch_size": batch_size})
         try:
             path = write_card(
                 folder, name=name, license=license_id, tags=tags or (), datasets=datasets or (), overwrite=overwrite,
@@ -114,6 +136,31 @@ def _check(folder: Path, data: str | None, settings: dict[str, Any]) -> None:
     _print(found, wide_console())
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _evaluate_again(folder: Path, data: str | None, settings: dict[str, Any]) -> None:
+    import datasets
+
+    from hf_lip.cards import evaluate_again
+
+    datasets.disable_progress_bars()
+    with progress_bar() as bar:
+        task = bar.add_task("Evaluating", total=None)
+        found = evaluate_again(
+            folder,
+            data=data,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **settings,
+        )
+    console = wide_console()
+    for name, former, value in found.changed:
+        line = f"{name}: {former:.6g} before, {value:.6g} now"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    kept = "still" if found.same_run else "no longer, as it is of other weights,"
+    console.print(
+        f"Wrote {folder / 'results.json'}, which {kept} says how the model was trained.",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _print(check: "CardCheck", console: Console) -> None:

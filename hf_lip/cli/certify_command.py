@@ -19,9 +19,11 @@ _RUN = "Run"
 
 
 def certify(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Folder or Hub id of an image classifier; default: the embedded one.")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository MODEL.")] = None,
     data: Annotated[
         str, typer.Option(help="'digits', a folder or file of parquet, a folder of images, or a Hub id.")
     ] = "digits",
@@ -128,7 +130,7 @@ def certify(
         thresholds = parse_radii(radii)
         if from_counts is not None:
             check_output(out)
-            certify_from_counts(from_counts, out, method, alpha, thresholds)
+            certify_from_counts(from_counts, out, method, alpha, thresholds, given_words(context))
             return
         settings: dict[str, Any] = {
             **{"method": method, "mode": "predict" if predict else "certify", "sigma": sigma, "n0": n0, "n": n},
@@ -144,12 +146,27 @@ def certify(
             "label_column": label_column,
         }
         job: dict[str, Any] = {
-            **{"model": model, "device": device, "settings": settings, "source": source, "denoiser": denoiser},
-            **{"calibrate": calibrate, "calibrate_split": calibrate_split},
+            **{"model": model, "revision": revision, "device": device, "settings": settings, "source": source},
+            **{"denoiser": denoiser, "calibrate": calibrate, "calibrate_split": calibrate_split},
             **{"limit": limit, "stride": stride, "batch_size": batch_size},
         }
         check_output(out)
-        certify_images(job, out, thresholds, resume=resume, overwrite=overwrite)
+        certify_images(job, out, thresholds, given_words(context), resume=resume, overwrite=overwrite)
+
+
+def given_words(context: typer.Context) -> list[str]:
+    """The command and the arguments that were given, as words."""
+    words = [str(context.info_name)]
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[str(parameter.name)]
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        else:
+            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+    return words
 
 
 def parse_radii(text: str) -> dict[str, float]:

@@ -26,6 +26,9 @@ def push(
     """Publish a checkpoint on the Hub, in one commit: weights, config, certificate, card, plots, and the shim.
 
     The certificate is checked against the weights first, and the files on the Hub against the folder afterwards.
+    DIR may be the output folder of transformers.Trainer, whose own push_to_hub leaves out the shim, without which the
+    model loads only after `import hf_lip`.
+
     Needs the token of `hf auth login` or HF_TOKEN.
     """
     console = wide_console()

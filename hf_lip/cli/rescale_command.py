@@ -84,7 +84,8 @@ def rescale(
         from transformers.utils import logging
 
         from hf_lip.checkpoints.rescale import rescale_checkpoint
-        from hf_lip.checkpoints.rescale_push import push_folder, require_pushable
+        from hf_lip.checkpoints.source import Checkpoint
+        from hf_lip.hub import push_folder, require_pushable
 
         disable_progress_bars()
         logging.set_verbosity_error()
@@ -102,7 +103,12 @@ def rescale(
             "rtol": rtol,
         }
         if push_to is not None:
-            require_pushable(push_to)
+            require_pushable(push_to, new=True)
+            if Checkpoint.open(model, revision=revision).config is None:
+                raise ValueError(
+                    f"`--push-to` publishes checkpoints with their config, and there is no config.json beside the "
+                    f"weights of {model!r}: leave it out."
+                )
         elif private:
             raise ValueError("`--private` is of the repository of `--push-to`: give that too.")
         with progress_bar() as bar:
@@ -118,8 +124,9 @@ def rescale(
         _print(report, console)
         console.print(f"Wrote {out}", markup=False, highlight=False, soft_wrap=True)
         if push_to is not None:
-            url = push_folder(out, push_to, private=private)
-            console.print(f"Pushed {url}", markup=False, highlight=False, soft_wrap=True)
+            message = "Upload a rescaled checkpoint with certified norms"
+            pushed = push_folder(out, push_to, private=True if private else None, commit_message=message)
+            console.print(f"Pushed {pushed.url}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _command(model: str, settings: dict[str, Any], revision: str | None) -> str:

@@ -4,11 +4,11 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_lip.models.certificate import write_text_atomically
+from hf_lip.checkpoints.stored_weights import stored_weights_sha256
+from hf_lip.models.certificate import weights_sha256, write_text_atomically
 from hf_lip.pipelines.dataset_run import DatasetRun, Processes
 from hf_lip.pipelines.denoisers import load_denoiser
 from hf_lip.pipelines.loading import calibration_images, chosen_indices, load_certify_pipeline, load_labelled_images
@@ -16,6 +16,7 @@ from hf_lip.pipelines.report import summarise
 from hf_lip.pipelines.settings import CertifySettings
 from hf_lip.smoothing.logs import LOG_NAME, TSV_NAME, ImageRecord, tsv_text
 from hf_lip.smoothing.settings import SOFT_METHODS
+from hf_lip.training.run_record import hardware, public_path, versions
 
 
 _IMAGES_PER_BATCH = 64
@@ -38,6 +39,7 @@ class CertifyJob:
         limit, stride: see `chosen_indices`.
         batch_size: images (lipschitz, default 64) or noisy copies (default: the pipeline's) a forward pass.
         device: as of `pipeline`.
+        revision: of a Hub repository.
     """
 
     model: str
@@ -51,6 +53,7 @@ class CertifyJob:
     stride: int = 1
     batch_size: int | None = None
     device: Any = None
+    revision: str | None = None
     pipe: Any = field(default=None, init=False)
     method: str = field(default="", init=False)
     indices: list[int] = field(default_factory=list, init=False)
@@ -84,7 +87,7 @@ class CertifyJob:
         CertifySettings.from_arguments(checked)
         if self.denoiser is not None:
             settings["denoiser"] = checked["denoiser"] = load_denoiser(self.denoiser, settings["sigma"])
-        self.pipe = load_certify_pipeline(self.model, self.device, checked)
+        self.pipe = load_certify_pipeline(self.model, self.device, checked, revision=self.revision)
         self.method = self.pipe.method
         columns = {key: self.source[key] for key in ("name", "image_column", "label_column")}
         data, split = self.source["data"], self.source["split"]
@@ -122,10 +125,7 @@ class CertifyJob:
             write_text_atomically(out / TSV_NAME, tsv_text(records))
             return records
         settings = CertifySettings.from_arguments(self.settings)
-        source = {
-            "model": self.model_name or self.model,
-            **{key: self.source[key] for key in ("data", "split", "name")},
-        }
+        source = {**self._names(), "name": self.source["name"]}
         run = DatasetRun(
             self.pipe, settings, self.method, self._dataset, self._labels, self.indices,
             source=source, batch_size=self.batch_size,
@@ -135,20 +135,39 @@ class CertifyJob:
         return records_or_none
 
     def summary(self, records: list[ImageRecord], thresholds: dict[str, float]) -> dict[str, Any]:
-        """The report's figures with what they are of."""
+        """The report's figures with what they are of, without paths of this machine."""
         constant = None
         if hasattr(self.pipe.model, "certify"):
             certificate = self.pipe.model.certificate or self.pipe.model.certify()
             constant = float(certificate.lipschitz_constant)
         smoothing = self.method != "lipschitz"
         return {
-            "model": self.model_name or self.model,
-            **{key: self.source[key] for key in ("data", "split")},
+            **self._names(),
+            **({} if self.revision is None else {"revision": self.revision}),
+            "weights_sha256": self._weights_sha256(),
             **summarise(records, thresholds, alpha=self.settings["alpha"] if smoothing else None),
             "lipschitz_constant": constant,
             "settings": self.used_settings,
-            "versions": {package: version(package) for package in ("torch", "transformers", "numpy", "scipy")},
+            "hardware": hardware(self.pipe.device, self._dtype()),
+            "versions": versions("torch", "transformers", "numpy", "scipy"),
         }
+
+    def _names(self) -> dict[str, Any]:
+        """Of model and data."""
+        names = {"model": self.model_name or self.model, "data": self.source["data"]}
+        return {**{key: public_path(name) for key, name in names.items()}, "split": self.source["split"]}
+
+    def _weights_sha256(self) -> str:
+        """Of the files in a folder; of the tensors in memory where files of a repository may have changed since."""
+        if Path(self.model).is_dir():
+            return stored_weights_sha256(self.model)
+        return weights_sha256(self.pipe.model.state_dict())
+
+    def _dtype(self) -> str:
+        """In which the network ran."""
+        if self.method == "lipschitz":
+            return "float64"
+        return str(self.settings.get("dtype") or self.pipe.model.dtype)
 
     def _run_lipschitz(self, progress: Callable[[int, int], None] | None) -> list[ImageRecord]:
         batch_size, total = self.batch_size or _IMAGES_PER_BATCH, len(self.indices)

@@ -13,18 +13,27 @@ from hf_lip.pipelines.settings import CertifySettings
 __all__ = ["calibration_images", "chosen_indices", "load_certify_pipeline", "load_labelled_images"]
 
 
-def load_certify_pipeline(model: str, device: str | None, settings: dict[str, Any]) -> Any:
+def load_certify_pipeline(
+    model: str, device: str | None, settings: dict[str, Any], *, revision: str | None = None
+) -> Any:
     """`pipeline("certify")` for a folder or Hub id, with call defaults that are checked before anything is loaded.
+
+    Args:
+        revision: of the Hub repository: branch, tag or commit, from which model and image processor come.
 
     Raises:
         FileNotFoundError: `model` looks like a path that does not exist.
-        ValueError, TypeError: settings out of range.
+        ValueError, TypeError: settings out of range, a revision of a folder.
+        ValueError, OSError: what `from_pretrained` says, such as weights that do not fit their certificate.
     """
     CertifySettings.from_arguments(settings)
     if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise FileNotFoundError(f"`MODEL` {model!r} does not exist: give the folder of a checkpoint, or a Hub id.")
+    if revision is not None and Path(model).exists():
+        raise ValueError(f"`--revision` {revision!r} is of a Hub repository, and {model!r} is a folder: leave it out.")
+    source = {} if revision is None else {"revision": revision}
     build: Any = pipeline
-    return build("certify", model=model, device=device, **settings)
+    return build("certify", model=model, device=device, **source, **settings)
 
 
 def load_labelled_images(

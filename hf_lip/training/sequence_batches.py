@@ -127,7 +127,7 @@ class FileTexts:
 
     Args:
         questions: asked of a text each time, drawn anew; 0 for all questions as samples of their own.
-        renamed: tokens that change places with each other in a text, drawn anew each time.
+        renamed: tokens in order. Those in a text become others of them in the same order, drawn anew each time.
         last_step: of the share of training done: the largest `step` of a question that is asked. Every text has to
             have such a question.
 
@@ -182,8 +182,11 @@ class FileTexts:
         """A text and its questions with other names; their rows keep the old ones."""
         if not self.renamed.size:
             return ids, questions
-        names = np.arange(1 + max(self.renamed.max(), ids.max(), *(question.ids.max() for question in questions)))
-        names[self.renamed] = rng.permutation(self.renamed)
+        tokens = np.concatenate([ids, *(question.ids for question in questions)])
+        used = self.renamed[np.isin(self.renamed, tokens)]
+        names = np.arange(1 + max(self.renamed.max(), tokens.max()))
+        # answers are sorted: they stay so
+        names[used] = self.renamed[np.sort(rng.permutation(len(self.renamed))[: len(used)])]
         return names[ids], [replace(question, ids=names[question.ids]) for question in questions]
 
     def length(self, sample: Any) -> int:

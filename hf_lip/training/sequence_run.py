@@ -2,13 +2,9 @@
 """What the scripts for sequence models do around the training loop: start, resume, results, upload."""
 
 import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +14,15 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from huggingface_hub import get_token
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints.stored_weights import stored_weights_sha256
 from ..models.certificate import weights_sha256
-from ..models.chacal.modeling_chacal import ChacalPreTrainedModel
 from .run_folder import find_checkpoint, list_checkpoints, remove_checkpoint, write_json
+from .run_record import command_line, hardware, public_value, versions
 from .sequence_arguments import SequenceTrainingArguments, run_identity
 from .sequence_checkpoints import SequenceRunState, load_sequence_checkpoint
 from .sequence_loop import TrainingBatches, make_adamw, train_sequence_model
 from .sequence_objective import SequenceObjective
 
-
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 
 __all__ = ["SequenceRun", "check_run", "start_accelerator"]
 
@@ -148,12 +143,6 @@ class SequenceRun:
         """All arguments but the token."""
         return {name: value for part in self.arguments for name, value in vars(part).items() if name != "hub_token"}
 
-    def command(self) -> str:
-        """The command line, without the token."""
-        token = self.args.hub_token
-        words = [Path(sys.argv[0]).name, *(sys.argv[1:] if self.argv is None else self.argv)]
-        return shlex.join(word.replace(token, "***") if token else word for word in words)
-
     def write(
         self,
         model: PreTrainedModel,
@@ -166,12 +155,11 @@ class SequenceRun:
         output_dir, state = Path(self.args.output_dir), self.state
         model.eval().save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
-        gamma = getattr(model.config, "chain_gamma", None)
-        if isinstance(model, ChacalPreTrainedModel):
-            gamma = model.get_gamma()
+        gamma: Any = model.get_gamma() if hasattr(model, "get_gamma") else None  # type: ignore[operator]
         results = {
             **metrics,
             **facts,
+            "weights_sha256": stored_weights_sha256(output_dir),
             "model_type": model.config.model_type,
             "num_parameters": num_parameters(model),
             "gamma": gamma,
@@ -183,9 +171,10 @@ class SequenceRun:
             "cpu_seconds": round(state.cpu_seconds, 3),
             "num_processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
-            "command": self.command(),
-            "arguments": self.everything(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "hardware": hardware(self.accelerator.device, model.dtype, self.args.mixed_precision),
+            "command": command_line(self.argv, secret=self.args.hub_token),
+            "arguments": public_value(self.everything()),
+            "versions": versions(),
             "history": state.history,
         }
         write_json(output_dir / "results.json", results)

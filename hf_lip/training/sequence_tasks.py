@@ -81,8 +81,8 @@ class TrackingArguments:
     boxes_eval: list[str] | None = option(None, "boxes: files to evaluate on, each named by its file name.")
     rename_objects: bool = option(
         False,
-        "boxes, from files: give the objects of a text other names of the data each time, drawn anew: a thousand "
-        "worlds can be learnt by heart.",
+        "boxes, from files: give the objects of a text other names of the data each time, drawn anew and sorted as "
+        "before: a thousand worlds can be learnt by heart.",
     )
     data_path: str | None = option(None, "babi: zip or folder; propara: folder of jsonl(.gz) files.")
     babi_task: int | None = option(None, "babi: 1 to 20.")

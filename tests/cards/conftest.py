@@ -36,10 +36,16 @@ def chains_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def text_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "story.txt").write_text("the cat sat on the mat. a dog ran to the cat. " * 30)
-    return trained("train_causal_lm", [*TEXT, "--train_file", str(folder / "story.txt")], folder / "language")
+def story(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("the cat sat on the mat. a dog ran to the cat. " * 30)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_run(story, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "language"
+    return trained("train_causal_lm", [*TEXT, "--train_file", str(story)], folder)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from hf_lip.cards import check_card, write_card
 from hf_lip.cards.figures import Figure
 from hf_lip.cards.reruns import Found, Request, Rerun, evenly_spread, judge
+from hf_lip.checkpoints.stored_weights import stored_weights_sha256
 
 from .runs import change_index, edit, edit_json
 
@@ -115,6 +116,17 @@ def test_weights_that_were_changed(digits):
     tensors = load_file(digits / "model.safetensors")
     tensors["classifier.bias"] += 0.25
     save_file(tensors, digits / "model.safetensors", {"format": "pt"})
+    check = check_card(digits, device="cpu")
+    assert len(check.problems) == 1
+    assert "results.json is of weights with sha256 " in check.problems[0]
+    assert "Evaluate these weights again with `hf-lip card --evaluate-again digits`" in check.problems[0]
+    with pytest.raises(ValueError, match="figures are of another model"):
+        write_card(digits, overwrite=True)
+    # the file is made to fit: the certificate and the card still do not
+    stored = stored_weights_sha256(digits)
+    edit_json(digits / "results.json", lambda results: results.update(weights_sha256=stored))
+    for verify, problem in ((True, "The certificate does not hold: "), (False, "it is of other weights")):
+        assert problem in " ".join(check_card(digits, rerun=False, verify=verify).problems)
     check = check_card(digits, device="cpu")
     text = " ".join(check.problems)
     assert "The certificate does not hold: " in text

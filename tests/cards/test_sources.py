@@ -19,6 +19,8 @@ def test_figures_of_another_model(digits):
     with pytest.raises(ValueError, match=r"results.json is of weights with sha256 0000"):
         write_card(digits, overwrite=True)
     edit_json(digits / "results.json", lambda results: results.pop("weights_sha256"))
+    with pytest.raises(ValueError, match=r"does not say of which weights its figures are \(weights_sha256\)"):
+        write_card(digits, overwrite=True)
     edit_json(digits / "results.json", lambda results: results.update(lipschitz_constant=0.5))
     with pytest.raises(ValueError, match=r"results.json is of a model with the constant 0.5"):
         write_card(digits, overwrite=True)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from hf_lip.card_text import rounded_up
 from hf_lip.cards import UnmeasuredNumberError, check_card, write_card
+from hf_lip.cards.run_text import hardware_text
 
 from .runs import edit, edit_json, insert
 
@@ -41,7 +42,8 @@ def test_what_a_card_states(digits, digits_run):
         assert f"| {name} | {100 * results[value]:.1f} % |" in card.text
     for part in (
         *("```bash\n", "--dense_hidden_size 16", "digits, train: 1,347 images"),
-        *("Hardware and time: cpu, one process", "torch ", certificate["weights_sha256"], "hf-lip verify ."),
+        f"Hardware and time: {hardware_text(results['hardware'])}, one process, {results['seconds']:.1f} s (",
+        *("torch ", certificate["weights_sha256"], "hf-lip verify ."),
         *(f"at most {rounded_up(certificate['lipschitz_constant'])}", "hf-lip card --check .", "## Intended use"),
         *("](card_certified_accuracy.png)", r"certified \|\|T^-1/2 K\|\|"),
     ):
@@ -64,7 +66,7 @@ def test_commands_do_not_tell_of_the_machine(digits):
     )
     write_card(digits, overwrite=True)
     text = (digits / "README.md").read_text()
-    assert "python scripts/train.py --dataset path/to/digits --lr path/to/x path/to/y" in text
+    assert "python scripts/train.py --dataset digits --lr x y" in text
     assert "/home/me" not in text
 
 
@@ -72,12 +74,12 @@ def test_hand_written_sections_are_kept(digits):
     insert(digits, "description", "A small one.\n\nIt has *two* blocks.")
     insert(digits, "notes", "- Trained for the tests.")
     assert check_card(digits, rerun=False).ok
-    edit_json(digits / "results.json", lambda results: results.update(hardware="one old laptop"))
+    edit_json(digits / "results.json", lambda results: results["hardware"].update(cpu="Old laptop", gpu="A GPU"))
     write_card(digits, overwrite=True, tags=["small"])
     text = (digits / "README.md").read_text()
     assert "<!-- hf_lip:begin description -->\nA small one.\n\nIt has *two* blocks.\n<!-- hf_lip:end" in text
     assert "- Trained for the tests." in text
-    assert "Hardware and time: one old laptop" in text
+    assert "Hardware and time: A GPU, Old laptop with " in text
     data = ModelCard(text).data.to_dict()
     assert data["tags"][-1] == "small"
     assert data["license"] == "apache-2.0"
@@ -136,3 +138,10 @@ def test_damaged_cards(digits, change, problem):
     with pytest.raises(ValueError, match=problem):
         write_card(digits, overwrite=True)
     assert not check_card(digits, rerun=False).ok
+
+
+@pytest.mark.parametrize("hardware", ["one old laptop", {"cpu": "AMD"}])
+def test_hardware_that_no_run_wrote(digits, hardware):
+    edit_json(digits / "results.json", lambda results: results.update(hardware=hardware))
+    with pytest.raises(ValueError, match="is of no run of hf_lip"):
+        write_card(digits, overwrite=True)

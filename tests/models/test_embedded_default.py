@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from hf_lip import verify_checkpoint
 from hf_lip.assets import DEFAULT_MODEL_DIR
 from hf_lip.audit import l2_pgd
+from hf_lip.cards import check_card
 from hf_lip.data import dataset_to_tensors, load_image_dataset
 from hf_lip.metrics import STANDARD_RADII, average_certified_radius, certified_accuracy
 
@@ -43,9 +44,12 @@ def test_the_card_tells_the_numbers_of_the_model(model, digits):
     for name, eps in STANDARD_RADII.items():
         assert certified_accuracy(radii, correct, eps) == pytest.approx(stored["certified_accuracy"][name])
     assert average_certified_radius(radii, correct) == pytest.approx(stored["average_certified_radius"], rel=1e-6)
+    # written by `hf-lip card` from this file, and measured again
+    assert "<!-- hf_lip:generated sha256=" in (DEFAULT_MODEL_DIR / "README.md").read_text()
+    check = check_card(DEFAULT_MODEL_DIR, device="cpu")
+    assert check.ok, check.problems
+    assert len(check.figures) == 6
     card = (DEFAULT_MODEL_DIR / "README.md").read_text()
-    row = [stored["clean_accuracy"], *stored["certified_accuracy"].values()]
-    assert " | ".join(f"{100 * value:.1f}" for value in row) in card
     assert stored["command"].split("train_image_classifier.py ")[1].split() == (
         card.split("train_image_classifier.py ")[1].split("```")[0].replace("\\\n", " ").split()
     )

@@ -105,8 +105,10 @@ def same(folder, expected):
     assert not (folder / PARTS_NAME).exists()
 
 
-def test_what_a_run_writes(whole):
+def test_what_a_run_writes(whole, model):
     settings, records = read_log(whole / "counts.jsonl")
+    for name in ("counts.jsonl", "summary.json"):
+        assert str(model.parent) not in (whole / name).read_text()
     assert [record.idx for record in records] == list(range(0, 280, 20))
     assert settings["batch_size"] == 32
     assert all(sum(record.counts) == 400 for record in records)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hf_lip.checkpoints.stored_weights import stored_weights_sha256
 from hf_lip.data import BoxesTask, ChainsTask, TrackingCollator, embed_statements, tracking_dataset, tracking_tokenizer
 from hf_lip.tracking_metrics import exact_match_by_depth, predicted_tokens
 from hf_lip.training.run_folder import list_checkpoints, unfinished_folder
@@ -73,12 +74,15 @@ class TestLearning:
         assert [scores[hops]["minimal_layers"] for hops in "0123"] == [0, 1, 2, 2]
         assert chained["num_parameters"] == softmax["num_parameters"]
 
-    def test_boxes_from_files(self, run, tmp_path):
+    @pytest.mark.parametrize(
+        "words", [[], ["--curriculum", "grow", "--curriculum_power", 2, "--rename_objects"]], ids=["plain", "growing"]
+    )
+    def test_boxes_from_files(self, run, tmp_path, words):
         train = boxes_file(tmp_path / "train-t5.jsonl.gz", 24)
         dev = boxes_file(tmp_path / "dev-t5.jsonl.gz", 3, split="validation")
         test = boxes_file(tmp_path / "test-t5.jsonl.gz", 2, split="test")
-        words = ["--boxes_train", train, "--boxes_eval", dev, test, "--hidden_size", 32, "--learning_rate", 0.01]
-        base = ["--task", "boxes", "--layer_types", "full", "chained", "--num_attention_heads", 2, *words]
+        files = ["--boxes_train", train, "--boxes_eval", dev, test, "--hidden_size", 32, "--learning_rate", 0.01]
+        base = ["--task", "boxes", "--layer_types", "full", "chained", "--num_attention_heads", 2, *files, *words]
         results = run(
             *("run", "--num_train_epochs", 6, "--train_batch_size", 8, "--eval_steps", 9, "--warmup_steps", 3),
             *("--questions_per_text", 4, "--eval_generate"),
@@ -155,6 +159,8 @@ class TestLearning:
         found = results["evaluations"]["test" if task == "babi" else "validation"]
         assert found["num_examples"] == (4 if task == "babi" else 12)
         assert set(found) & {"by_num_supporting_facts", "by_num_state_changes"}
+        assert results["arguments"]["data_path"] == tmp_path.name
+        assert str(tmp_path.parent) not in (tmp_path / "run" / "results.json").read_text()
 
 
 class TestWhatARunWrites:
@@ -170,6 +176,9 @@ class TestWhatARunWrites:
         assert results["history"][-1]["evaluations"] == results["evaluations"]
         assert results["train_samples_seen"] == 12 * 16
         assert results["arguments"]["num_state_changes"] == [1, 3]
+        assert results["weights_sha256"] == stored_weights_sha256(folder)
+        assert results["hardware"]["torch_threads"] == torch.get_num_threads()
+        assert "hf_lip" in results["versions"]
         assert results["seconds"] >= results["history"][-1]["seconds"] > 0
         assert results["cpu_seconds"] > 0
 

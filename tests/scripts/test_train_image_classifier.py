@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_lip import LipschitzVisionImageProcessor
+from hf_lip.checkpoints.stored_weights import stored_weights_sha256
 from hf_lip.data import dataset_to_tensors, load_image_dataset
 from hf_lip.metrics import STANDARD_RADII, certified_accuracy
 from hf_lip.training.run_folder import list_checkpoints, unfinished_folder
+from hf_lip.training.run_record import hardware
 
 from .runs import SCRIPT, SMALL_DATA, SMALL_MLP, made_images, subprocess_environment, weights
 
@@ -43,6 +45,13 @@ class TestWhatARunWrites:
         again = run("again", "--model_name_or_path", folder, *SMALL_DATA, "--learning_rate", 1e-30, base=["--cpu"])
         assert again["certified_accuracy"] == results["certified_accuracy"]
         assert again["average_certified_radius"] == pytest.approx(results["average_certified_radius"], abs=1e-9)
+        # of which weights, where it ran, and no folder of the machine
+        assert results["weights_sha256"] == model.certificate.weights_sha256 == stored_weights_sha256(folder)
+        assert results["hardware"] == hardware("cpu", "float32", "no")
+        assert {"python", "torch", "transformers", "hf_lip"} <= set(results["versions"])
+        assert "--output_dir run " in f"{results['command']} "
+        assert again["arguments"]["model_name_or_path"] == "run"
+        assert str(tmp_path) not in (tmp_path / "again" / "results.json").read_text()
 
     def test_figures_are_those_of_the_whole_test_part(self, run, tmp_path):
         results = run("run", "--block_type", "sll", "--num_train_epochs", 2, base=SMALL_MLP)
