@@ -14,7 +14,7 @@ Train the models, then evaluate them all on chains of one length, so that every 
     python scripts/benchmarks/depth_table.py --runs runs/* --num_state_changes 126 --trained 63 --out depth
 
 with RECIPE="--task chains --num_state_changes 1 63 --eval_num_state_changes 64 126 --curriculum log --hidden_size 128
---num_attention_heads 1 --intermediate_size 512 --initializer_range 0.1 --learning_rate 0.004 --train_batch_size 32
+--num_attention_heads 1 --intermediate_size 512 --initializer_range 0.1 --learning_rate 0.001 --train_batch_size 32
 --max_steps 3000 --eval_samples 256 --cpu". Runs with the same layers are seeds of one model. Written to --out:
 results.json and depth.png; vertical lines stand where ceil(log2(n + 1)), the layers of Theorem 1, grows by one.
 """
