@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from transformers.utils.hub import hf_api
 
 from .hub.faults import Fault, Faults
 from .hub.handler import Handler
@@ -60,6 +61,8 @@ def connect(monkeypatch: Any, hub: HubEndpoint, token: str | None) -> None:
     settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_TOKEN_PATH": os.devnull}
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
+    # transformers' own client, which keeps the address it was first used with
+    monkeypatch.setattr(hf_api(), "endpoint", hub.url)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1,localhost")
     monkeypatch.setenv("HF_TOKEN", token or "")
