@@ -135,6 +135,11 @@ class SequenceTrainingArguments:
         1, "Micro-batches into which a process divides its share of a step, by length."
     )
     learning_rate: float = option(2e-3, "Peak of the schedule (AdamW).")
+    gamma_learning_rate: float | None = option(
+        None,
+        "The same of learnt discounts (--gamma_learnable), which move as far as all steps together. "
+        "Default: learning_rate.",
+    )
     adam_betas: list[float] = option([0.9, 0.999], "Decay of AdamW's averages.")
     weight_decay: float = option(0.01, "Of matrices; vectors (norms, biases, discounts) have none.")
     lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "After the warm-up; to 0 at the end.")
@@ -154,7 +159,11 @@ class SequenceTrainingArguments:
 
     def __post_init__(self) -> None:
         require(self, "max_steps num_train_epochs train_batch_size eval_batch_size gradient_accumulation_steps", "> 0")
-        require(self, "learning_rate max_train_seconds eval_steps logging_steps checkpointing_steps", "> 0")
+        require(
+            self,
+            "learning_rate gamma_learning_rate max_train_seconds eval_steps logging_steps checkpointing_steps",
+            "> 0",
+        )
         require(self, "checkpoints_total_limit", "> 0")
         require(self, "weight_decay warmup_steps max_grad_norm num_workers", ">= 0")
         require(self, "adam_betas", "in [0, 1)")

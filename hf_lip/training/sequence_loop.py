@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.tracking_tokenizer import IGNORED
+from ..models.chacal.gamma_chacal import ChacalGamma
 from .schedules import constant, cosine, linear, with_warmup
 from .sequence_arguments import SequenceTrainingArguments
 from .sequence_checkpoints import SequenceRunState, save_sequence_checkpoint
@@ -51,11 +52,26 @@ class TrainingBatches(Protocol):
 
 
 def make_adamw(model: torch.nn.Module, args: SequenceTrainingArguments) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
+    """AdamW with weight decay on matrices only, and a rate of their own for learnt discounts; `peak` of a group is its
+    largest rate.
+
+    Raises:
+        ValueError: `gamma_learning_rate` is given and no discount is learnt.
+    """
+    learnt = [module.weight for module in model.modules() if isinstance(module, ChacalGamma)]
+    gammas = [parameter for parameter in learnt if parameter is not None and parameter.requires_grad]
+    if args.gamma_learning_rate is not None and not gammas:
+        raise ValueError(
+            "--gamma_learning_rate is of learnt discounts, which this model has not: see --gamma_learnable."
+        )
+    known = {id(parameter) for parameter in gammas}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in known]
+    matrices, others = ([entry for entry in trained if (entry.dim() >= 2) is large] for large in (True, False))
+    peak = args.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": args.weight_decay, "peak": peak},
+        {"params": others, "weight_decay": 0.0, "peak": peak},
+        {"params": gammas, "weight_decay": 0.0, "peak": args.gamma_learning_rate or peak},
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_betas[0], args.adam_betas[1]), fused=True)
@@ -130,7 +146,7 @@ def train_sequence_model(
         progress = (state.step + 0.5) / num_steps
         factor = with_warmup(SCHEDULES[args.lr_schedule], progress, share=warmup_share)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * factor
+            group["lr"] = group["peak"] * factor
         before_step(state.step)
         # what dropout draws depends on the seed, the step and the process alone
         torch.manual_seed((args.seed * 1_000_003 + state.step) * 1009 + accelerator.process_index)

@@ -208,6 +208,13 @@ class TestWhatARunWrites:
         for name, tensor in load_file(tmp_path / "four" / "model.safetensors").items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
 
+    def test_discounts_have_a_rate_of_their_own(self, run):
+        words = ["--gamma", 0.5, "--gamma_learnable", "--learning_rate", 1e-30, "--warmup_steps", 0]
+        (same,) = run("same", *words)["gamma"][1:]
+        assert same == pytest.approx([0.5, 0.5], abs=1e-6)
+        (moved,) = run("moved", *words, "--gamma_learning_rate", 0.01)["gamma"][1:]
+        assert all(0.005 < abs(gamma - 0.5) < 0.12 for gamma in moved)
+
     def test_push_sends_the_finished_run(self, tmp_path, monkeypatch):
         with HubEndpoint() as hub:
             connect(monkeypatch, hub, hub.token)

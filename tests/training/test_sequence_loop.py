@@ -61,10 +61,15 @@ class TestSchedules:
 
 def test_weight_decay_is_for_matrices():
     model = build(gamma=[0.5], gamma_learnable=True)
-    decayed, others = make_adamw(model, SequenceTrainingArguments(weight_decay=0.3)).param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    assert {parameter.dim() for parameter in others["params"]} == {1}
-    assert sum(map(len, (decayed["params"], others["params"]))) == len(list(model.parameters()))
+    groups = make_adamw(model, SequenceTrainingArguments(weight_decay=0.3, learning_rate=0.1)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0]
+    assert [{parameter.dim() for parameter in group["params"]} for group in groups] == [{2}, {1}, {1}]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert [group["peak"] for group in groups] == [0.1] * 3
+    groups = make_adamw(model, SequenceTrainingArguments(learning_rate=0.1, gamma_learning_rate=0.5)).param_groups
+    assert [group["peak"] for group in groups] == [0.1, 0.1, 0.5]
+    with pytest.raises(ValueError, match="--gamma_learning_rate is of learnt discounts"):
+        make_adamw(build(gamma=[0.5]), SequenceTrainingArguments(gamma_learning_rate=0.5))
 
 
 class TestModels:
@@ -174,9 +179,9 @@ class TestGammaSchedule:
             torch.testing.assert_close(torch.tensor(model.get_gamma()), torch.full((2, 2), expected))
             trained = [p for name, p in model.named_parameters() if name.endswith("gamma.weight")]
             assert [p.shape for p in trained] == [(2,), (2,)]
-            decayed, others = make_adamw(model, SequenceTrainingArguments(output_dir="x")).param_groups
-            assert {id(p) for p in trained} <= {id(p) for p in others["params"]}
-            assert others["weight_decay"] == 0.0 < decayed["weight_decay"]
+            *_, gammas = make_adamw(model, SequenceTrainingArguments(output_dir="x")).param_groups
+            assert {id(p) for p in trained} == {id(p) for p in gammas["params"]}
+            assert gammas["weight_decay"] == 0.0
         if kind == "llama":
             assert (model.config.model_type, model.config.chain_diagonal) == ("chacal_llama", "keep")
 
