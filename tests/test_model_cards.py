@@ -109,7 +109,7 @@ def test_the_embedded_model_is_the_released_one():
     assert machine_paths(DEFAULT_MODEL_DIR) == []
 
 
-PATHS = ('"/home/me/data"', "--out /work/tmp/x", "`/root/.cache`", "~/data", r"C:\Users\me", "file:///tmp/a", "=/a/b")
+PATHS = ('"/srv/me/data"', "--out /mnt/runs/x", "`/opt/.cache`", "~/data", r"C:\Users\me", "file:///tmp/a", "=/a/b")
 NO_PATHS = ("36/255", "n0 / n", "https://huggingface.co/a/b", "a/b/c", "[x](../y/z)", "1 / std", "./a/b", "l2, 2/3/4")
 
 
