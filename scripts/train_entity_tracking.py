@@ -8,16 +8,20 @@ Chains of up to 63 state changes, one token a statement, one chained layer; eval
     python scripts/train_entity_tracking.py --task chains --num_state_changes 1 63 --eval_num_state_changes 64 127 \
         --num_hidden_layers 6 --attention softmax --output_dir runs/chains-softmax-6 --cpu
 
-Boxes from files, an ordinary layer and a chained one; all questions of a text share one pass over it:
+Boxes from files, an ordinary layer and a chained one; all questions of a text share one pass over it. Training begins
+with the smallest worlds inside those of the files and exchanges the names of their objects:
 
     python scripts/train_entity_tracking.py --task boxes --boxes_train boxes/train-t5.jsonl.gz \
-        --boxes_eval boxes/dev-t5.jsonl.gz boxes/test-t5.jsonl.gz --layer_types full chained --hidden_size 128 \
-        --num_attention_heads 4 --train_batch_size 16 --max_steps 5000 --output_dir runs/boxes-1+1 --cpu
+        --boxes_eval boxes/dev-t5.jsonl.gz boxes/test-t5.jsonl.gz --rename_objects --curriculum grow \
+        --curriculum_power 2 --changed_weight 3 --questions_per_text 12 --layer_types full chained --gamma 0.9 \
+        --diagonal keep --hidden_size 128 --num_attention_heads 8 --intermediate_size 256 --initializer_range 0.1 \
+        --tie_word_embeddings --learning_rate 0.001 --lr_schedule stable_decay --adam_betas 0.9 0.99 \
+        --train_batch_size 16 --max_steps 8000 --output_dir runs/boxes-1+1 --cpu
 
 Generated worlds that take depth, with longer ones for the evaluation:
 
     python scripts/train_entity_tracking.py --task boxes --boxes_operations contents=1 --num_operations 12 \
-        --eval_num_operations 24 --layer_types full chained --hidden_size 128 --num_attention_heads 4 ...
+        --eval_num_operations 24 --curriculum grow --curriculum_power 2 --layer_types full chained ...
 
 Also --task random_chains, permutations, babi and propara. Two processes on CPU (`accelerate launch --cpu
 --num_processes 2` would start one); interrupted and taken up again:
@@ -33,7 +37,6 @@ greedy decoding answers token for token.
 Written to --output_dir: the model, its tokenizer, results.json, checkpoint-<step> folders.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,6 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_lip.data import tracking_tokenizer, words_of
-from hf_lip.data.boxes import object_names, rows_of_first_boxes
 from hf_lip.hub import push_folder, require_pushable
 from hf_lip.training.sequence_arguments import SequenceModelArguments, SequenceTrainingArguments
 from hf_lip.training.sequence_batches import FileTexts, GeneratedSamples, StepBatches
@@ -50,6 +52,7 @@ from hf_lip.training.sequence_models import build_model, gamma_schedule
 from hf_lip.training.sequence_questions import encode_texts
 from hf_lip.training.sequence_run import SequenceRun, check_run, start_accelerator
 from hf_lip.training.sequence_tasks import TrackingArguments
+from hf_lip.training.sequence_worlds import BoxTexts, worlds_of_rows
 
 
 Arguments = tuple[TrackingArguments, SequenceModelArguments, SequenceTrainingArguments]
@@ -96,10 +99,14 @@ def choose_tokenizer(model: SequenceModelArguments, words: list[str], *, dense: 
 
 def generated_data(
     task: TrackingArguments, model: SequenceModelArguments, args: SequenceTrainingArguments
-) -> tuple[PreTrainedTokenizerBase, GeneratedSamples, list[EvaluationSet], int]:
+) -> tuple[PreTrainedTokenizerBase, GeneratedSamples | BoxTexts, list[EvaluationSet], int]:
     first, second = task.tasks()
     tokenizer = choose_tokenizer(model, first.vocabulary(), dense=task.dense)
-    make = GeneratedSamples(task, args.seed, args.train_batch_size, None if task.dense else tokenizer)
+    make: GeneratedSamples | BoxTexts
+    if task.task == "boxes":
+        make = BoxTexts(task, tokenizer, args.seed, args.train_batch_size)
+    else:
+        make = GeneratedSamples(task, args.seed, args.train_batch_size, None if task.dense else tokenizer)
     sets, longest = [], 0
     for name, one in ((task.eval_split, first), ("extrapolation", second)):
         if one is None:
@@ -117,39 +124,23 @@ def generated_data(
 
 def file_data(
     task: TrackingArguments, model: SequenceModelArguments, args: SequenceTrainingArguments
-) -> tuple[PreTrainedTokenizerBase, FileTexts, list[EvaluationSet], int]:
+) -> tuple[PreTrainedTokenizerBase, FileTexts | BoxTexts, list[EvaluationSet], int]:
     train, evaluated = task.load()
     rows = [*train, *(row for part in evaluated.values() for row in part)]
     words = {word for row in rows for text in (row["prompt"], row["answer"]) for word in text.split()}
     tokenizer = choose_tokenizer(model, words_of(words), dense=False)
-    growing = task.curriculum == "grow"
-    texts = encode_texts([*train, *rows_of_first_boxes(train)] if growing else train, tokenizer, task.text_key)
-    last_step = None
-    if growing:
-        boxes, steps = (1 + max(row[name] for row in train) for name in ("box", "step"))
-        last_step = partial(task.reached, 2 - boxes, steps - 1)
-    renamed = names_to_exchange(train, tokenizer) if task.rename_objects else ()
-    make = FileTexts(texts, task.questions, args.seed, args.train_batch_size, renamed=renamed, last_step=last_step)
+    texts = encode_texts(train, tokenizer, task.text_key)
+    make: FileTexts | BoxTexts
+    if task.task == "boxes" and task.questions:
+        make = BoxTexts(task, tokenizer, args.seed, args.train_batch_size, worlds_of_rows(train))
+    else:
+        make = FileTexts(texts, task.questions, args.seed, args.train_batch_size)
     longest, sets = max(text.longest() for text in texts), []
     for name, part in evaluated.items():
         texts = encode_texts(part, tokenizer, task.text_key)
         longest = max(longest, *(text.longest() for text in texts))
         sets.append(EvaluationSet.of_texts(name, texts, task, args.eval_batch_size))
     return tokenizer, make, sets, longest
-
-
-def names_to_exchange(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of the objects, sorted by name.
-
-    Raises:
-        ValueError: a checkpoint's tokenizer that cuts words into pieces.
-    """
-    pieces = tokenizer(object_names(rows), add_special_tokens=False)["input_ids"]
-    if any(len(ids) != 1 for ids in pieces):
-        raise ValueError(
-            "--rename_objects needs one token a word: leave it out with the tokenizer of this checkpoint."
-        )
-    return [ids[0] for ids in pieces]
 
 
 def main(argv: list[str] | None = None) -> None:

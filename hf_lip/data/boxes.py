@@ -3,14 +3,14 @@
 
 import bisect
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hf_lip.data.box_world import OPERATIONS, BoxWorld, Operation
+from hf_lip.data.box_samples import BoxesSample, rows_of_sample
+from hf_lip.data.box_world import OPERATIONS, Operation
 from hf_lip.data.generation import check_integer
 from hf_lip.data.tracking_tokenizer import words_of
 
@@ -35,7 +35,7 @@ _WORDS = words_of(["Box contains is empty the and nothing Move contents of to Re
 # of all weights: rarer kinds could be refused for minutes
 _SMALLEST_WEIGHT = 1e-3
 
-__all__ = ["OBJECTS", "BoxesSample", "BoxesTask", "boxes_features", "object_names", "rows_of_first_boxes"]
+__all__ = ["OBJECTS", "BoxesTask", "boxes_features"]
 
 
 def boxes_features() -> "datasets.Features":
@@ -53,51 +53,6 @@ def boxes_features() -> "datasets.Features":
     columns = {"prompt": text, "answer": text, "sample_id": datasets.Value("int64")}
     columns |= dict.fromkeys(("step", "box", "numops", "num_moves", "implicit_hops"), number)
     return datasets.Features({**columns, "numops_by_op": dict.fromkeys(("move", "remove", "put"), number)})
-
-
-def boxes_row(world: BoxWorld, box: int, sample_id: int) -> dict[str, Any]:
-    """The row that asks for a box of the world as it is."""
-    by_op = world.numops_by_op(box)
-    num_moves, implicit_hops = world.depths(box)
-    return {
-        "prompt": f"{world.text()} Box {box}",
-        "answer": world.answer(box),
-        "sample_id": sample_id,
-        "step": world.num_steps(),
-        "box": box,
-        "numops": sum(by_op.values()),
-        "num_moves": num_moves,
-        "implicit_hops": implicit_hops,
-        "numops_by_op": by_op,
-    }
-
-
-def object_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The words that answers of Boxes rows name objects with, sorted."""
-    return sorted({name for row in rows for name in re.findall(r"the (\w+)", row["answer"])})
-
-
-def rows_of_first_boxes(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Questions on the beginning of a world's description, from its rows at step 0: the easiest questions there are.
-
-    Asked is one of the boxes told so far, at least two of them and not all. `step` is minus the number of boxes that
-    are yet to be told; the other columns are those of the row.
-    """
-    for row in rows:
-        if row["step"] != 0:
-            continue
-        told, _, asked = row["prompt"].rpartition(". ")
-        clauses = told.split(", ")
-        for count in range(max(2, row["box"] + 1), len(clauses)):
-            yield {**row, "prompt": f"{', '.join(clauses[:count])}. {asked}", "step": count - len(clauses)}
-
-
-@dataclass(frozen=True)
-class BoxesSample:
-    """Initial contents of the boxes, and the operations that follow."""
-
-    contents: tuple[tuple[str, ...], ...]
-    operations: tuple[Operation, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,15 +169,10 @@ class BoxesTask:
         return BoxesSample(contents, tuple(operations))
 
     def rows(self, sample: BoxesSample, index: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-        questions = set(rng.permutation(self.num_queries())[: self.queries_per_world].tolist())
-        world = BoxWorld(sample.contents)
         first_step = 0 if self.query_steps == "every" else self.num_operations
-        for step in range(self.num_operations + 1):
-            if step:
-                world.apply(sample.operations[step - 1])
-            for box in range(self.num_boxes):
-                if (step - first_step) * self.num_boxes + box in questions:
-                    yield boxes_row(world, box, index)
+        places = rng.permutation(self.num_queries())[: self.queries_per_world].tolist()
+        questions = {(first_step + place // self.num_boxes, place % self.num_boxes) for place in places}
+        return rows_of_sample(sample, questions, index)
 
     def _can_go_on(self, boxes: list[list[str]], outside: list[str]) -> bool:
         """Whether one of the kinds with weight can be done."""

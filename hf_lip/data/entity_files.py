@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_lip.data.box_world import BoxWorld, parse_contents, parse_description, parse_operation
-from hf_lip.data.boxes import boxes_features, boxes_row
+from hf_lip.data.box_samples import BoxesSample, boxes_row
+from hf_lip.data.box_world import BoxWorld, parse_contents
+from hf_lip.data.boxes import boxes_features
 
 
 if TYPE_CHECKING:
@@ -130,10 +131,10 @@ class _Replays:
 
     def world(self, text: str) -> BoxWorld:
         if self._world is None or text != self._text:
-            description, *operations = text.removesuffix(".").split(". ")
-            world = BoxWorld(parse_description(description))
-            for sentence in operations:
-                world.apply(parse_operation(sentence))
+            sample = BoxesSample.of_text(text)
+            world = BoxWorld(sample.contents)
+            for operation in sample.operations:
+                world.apply(operation)
             self._text, self._world = text, world
         return self._world
 

@@ -16,6 +16,7 @@ __all__ = [
     "linear",
     "linear_ramp",
     "one_cycle",
+    "stable_decay",
     "triangular",
     "with_warmup",
 ]
@@ -73,6 +74,14 @@ def constant(progress: float) -> float:
     """Factor 1 throughout."""
     _checked(progress)
     return 1.0
+
+
+def stable_decay(progress: float) -> float:
+    """Factor 1, then linearly to 0 over the last quarter: for data that change in the course of training.
+
+    Source: Hu et al. 2024 (warm-up, stable, decay).
+    """
+    return _interpolate(_checked(progress), (0.0, 0.75, 1.0), (1.0, 1.0, 0.0))
 
 
 LEARNING_RATE_SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -142,7 +142,9 @@ class SequenceTrainingArguments:
     )
     adam_betas: list[float] = option([0.9, 0.999], "Decay of AdamW's averages.")
     weight_decay: float = option(0.01, "Of matrices; vectors (norms, biases, discounts) have none.")
-    lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "After the warm-up; to 0 at the end.")
+    lr_schedule: Literal["cosine", "linear", "constant", "stable_decay"] = option(
+        "cosine", "After the warm-up. stable_decay: constant, then linearly to 0 over the last quarter."
+    )
     warmup_steps: int = option(100, "Steps over which the learning rate grows from 0.")
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0 for no clipping.")
     mixed_precision: Literal["no", "bf16"] = option("no", "Autocast in training. Evaluation is in float32.")

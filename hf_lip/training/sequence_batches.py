@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of entity tracking as functions of the step: the data do not depend on resumes, processes or workers."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,16 +10,15 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data import BoxesTask
 from ..data.tracking_tokenizer import IGNORED, PAD_ID
-from .sequence_questions import Batch, Question, SharedText, encode_texts, packed_batch, row_batch
+from .sequence_questions import Batch, SharedText, encode_texts, packed_batch, row_batch
 from .sequence_tasks import TrackingArguments, sample_rows
 
 
 # parts of the seeds of different random numbers
 _ORDER, _QUESTIONS, _CURRICULUM = range(3)
 
-__all__ = ["FileTexts", "GeneratedSamples", "Samples", "StepBatches", "dense_batch"]
+__all__ = ["EpochOrder", "FileTexts", "GeneratedSamples", "Samples", "StepBatches", "dense_batch"]
 
 
 class Samples(Protocol):
@@ -86,7 +84,7 @@ class StepBatches(Dataset):
 
 
 class GeneratedSamples:
-    """Fresh samples for every step: dense, or texts with one question or with several.
+    """Fresh samples for every step: dense, or texts with one question.
 
     Args:
         tokenizer: of the texts; None for dense samples.
@@ -97,9 +95,6 @@ class GeneratedSamples:
     ) -> None:
         self.arguments, self.seed, self.batch_size, self.tokenizer = arguments, seed, batch_size, tokenizer
         self.task = arguments.tasks()[0]
-        if isinstance(self.task, BoxesTask):
-            asked = min(max(arguments.questions, 1), self.task.num_queries())
-            self.task = replace(self.task, queries_per_world=asked)
 
     def draw(self, step: int, progress: float, places: range) -> list[Any]:
         arguments = self.arguments
@@ -119,86 +114,69 @@ class GeneratedSamples:
     def collate(self, samples: Sequence[Any]) -> Batch:
         if self.tokenizer is None:
             return dense_batch(samples)
-        return packed_batch(samples) if self.arguments.questions else row_batch(samples)
+        return row_batch(samples)
 
 
-class FileTexts:
-    """Texts of files in a new order every epoch; the last samples of an epoch that fill no batch are left out.
-
-    Args:
-        questions: asked of a text each time, drawn anew; 0 for all questions as samples of their own.
-        renamed: tokens in order. Those in a text become others of them in the same order, drawn anew each time.
-        last_step: of the share of training done: the largest `step` of a question that is asked. Every text has to
-            have such a question.
+class EpochOrder:
+    """Places of data that end, in a new order every epoch; the last ones, which fill no batch, are left out.
 
     Raises:
         ValueError: fewer samples than a batch has.
     """
 
-    def __init__(
-        self,
-        texts: Sequence[SharedText],
-        questions: int,
-        seed: int,
-        batch_size: int,
-        *,
-        renamed: Sequence[int] = (),
-        last_step: Callable[[float], int] | None = None,
-    ) -> None:
-        self.texts, self.questions, self.seed, self.batch_size = texts, questions, seed, batch_size
-        self.renamed, self.last_step = np.array(renamed, dtype=np.int64), last_step
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.steps_per_epoch = count // batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"--train_batch_size is {batch_size}, more than the {count} samples to train on.")
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def index(self, step: int, place: int) -> int:
+        """Which sample is at a place, 0 to batch_size - 1, of the batch of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(self.count)
+        return int(self._order[1][position * self.batch_size + place])
+
+
+class FileTexts:
+    """Texts of files in a new order every epoch.
+
+    Args:
+        questions: asked of a text each time, drawn anew; 0 for all questions as samples of their own.
+
+    Raises:
+        ValueError: fewer samples than a batch has.
+    """
+
+    def __init__(self, texts: Sequence[SharedText], questions: int, seed: int, batch_size: int) -> None:
+        self.texts, self.questions, self.seed = texts, questions, seed
         self.samples: list[tuple[int, int | None]] = (
             [(place, None) for place in range(len(texts))]
             if questions
             else [(place, other) for place, text in enumerate(texts) for other in range(len(text.questions))]
         )
-        self.steps_per_epoch = len(self.samples) // batch_size
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"--train_batch_size is {batch_size}, more than the {len(self.samples)} samples to train on."
-            )
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self.order = EpochOrder(len(self.samples), batch_size, seed)
+        self.steps_per_epoch = self.order.steps_per_epoch
 
     def draw(self, step: int, progress: float, places: range) -> list[Any]:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = self._epoch_order(epoch)
         pairs: list[Any] = []
         for place in places:
-            text_place, chosen = self.samples[order[position * self.batch_size + place]]
+            text_place, chosen = self.samples[self.order.index(step, place)]
             text = self.texts[text_place]
-            rng = np.random.default_rng([self.seed, _QUESTIONS, epoch, text_place])
             if chosen is not None:
-                pairs.append(self._rename(text.ids, [text.questions[chosen]], rng))
-                continue
-            known = list(text.questions)
-            if self.last_step is not None:
-                last = self.last_step(progress)
-                known = [question for question in known if question.row["step"] <= last]
-            asked = sorted(rng.permutation(len(known))[: self.questions].tolist())
-            pairs.append(self._rename(text.ids, [known[number] for number in asked], rng))
+                asked = [chosen]
+            else:
+                rng = np.random.default_rng([self.seed, _QUESTIONS, step // self.steps_per_epoch, text_place])
+                asked = sorted(rng.permutation(len(text.questions))[: self.questions].tolist())
+            pairs.append((text.ids, [text.questions[number] for number in asked]))
         return pairs
-
-    def _rename(self, ids: NDArray[np.int64], questions: list[Question], rng: np.random.Generator) -> tuple[Any, Any]:
-        """A text and its questions with other names; their rows keep the old ones."""
-        if not self.renamed.size:
-            return ids, questions
-        tokens = np.concatenate([ids, *(question.ids for question in questions)])
-        used = self.renamed[np.isin(self.renamed, tokens)]
-        names = np.arange(1 + max(self.renamed.max(), tokens.max()))
-        # answers are sorted: they stay so
-        names[used] = self.renamed[np.sort(rng.permutation(len(self.renamed))[: len(used)])]
-        return names[ids], [replace(question, ids=names[question.ids]) for question in questions]
 
     def length(self, sample: Any) -> int:
         return max(question.seen for question in sample[1])
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         return packed_batch(samples) if self.questions else row_batch(samples)
-
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.samples))
-        return self._order[1]
 
 
 def dense_batch(rows: Sequence[dict[str, Any]]) -> Batch:

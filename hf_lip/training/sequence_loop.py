@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..data.tracking_tokenizer import IGNORED
 from ..models.chacal.gamma_chacal import ChacalGamma
-from .schedules import constant, cosine, linear, with_warmup
+from .schedules import constant, cosine, linear, stable_decay, with_warmup
 from .sequence_arguments import SequenceTrainingArguments
 from .sequence_checkpoints import SequenceRunState, save_sequence_checkpoint
 from .sequence_objective import next_tokens
@@ -30,7 +30,7 @@ DIVERGED = (
     "Training has diverged: NaN or infinite loss or weights at step {}. Lower --learning_rate, set --max_grad_norm or "
     "use --mixed_precision no. The checkpoints written so far are finite."
 )
-SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant}
+SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "stable_decay": stable_decay}
 
 __all__ = ["TrainingBatches", "make_adamw", "train_sequence_model"]
 

@@ -25,7 +25,7 @@ DEPTHS = {
 }
 _MAX_DRAWS = 2000
 
-__all__ = ["GENERATED", "TrackingArguments", "sample_rows"]
+__all__ = ["GENERATED", "TrackingArguments", "sample_rows", "split_sample"]
 
 
 @dataclass
@@ -50,8 +50,8 @@ class TrackingArguments:
     curriculum: Literal["none", "grow", "log"] = option(
         "none",
         "chains, permutations, boxes: which changes (boxes: operations) a training sample has: uniformly drawn; up "
-        "to a largest number that grows to its end over --curriculum_share of training, for boxes after the boxes "
-        "themselves, from two on; all samples of a step the same number, drawn log-uniformly (not for boxes).",
+        "to a largest number that grows to its end over --curriculum_share of training, for boxes together with the "
+        "boxes, from two of them on; all samples of a step the same number, drawn log-uniformly (not for boxes).",
     )
     curriculum_share: float = option(0.6, "grow: share of training after which all lengths are drawn.")
     curriculum_power: float = option(
@@ -81,8 +81,11 @@ class TrackingArguments:
     boxes_eval: list[str] | None = option(None, "boxes: files to evaluate on, each named by its file name.")
     rename_objects: bool = option(
         False,
-        "boxes, from files: give the objects of a text other names of the data each time, drawn anew and sorted as "
-        "before: a thousand worlds can be learnt by heart.",
+        "boxes, from files: give the objects of a text other names of the data each time: a thousand worlds can be "
+        "learnt by heart.",
+    )
+    changed_weight: float | None = option(
+        None, "boxes: how much likelier a question on a box that operations changed is asked than another. Default: 1."
     )
     data_path: str | None = option(None, "babi: zip or folder; propara: folder of jsonl(.gz) files.")
     babi_task: int | None = option(None, "babi: 1 to 20.")
@@ -112,7 +115,10 @@ class TrackingArguments:
                 *("literal_probability", "previous_probability"),
             ),
             "permutations": ("form", *changes, "num_elements", "moves"),
-            "boxes": ("boxes_train", "boxes_eval", "rename_objects", "questions_per_text", *generated_boxes),
+            "boxes": (
+                *("boxes_train", "boxes_eval", "rename_objects", "questions_per_text", "changed_weight"),
+                *generated_boxes,
+            ),
             "babi": ("data_path", "babi_task", "questions_per_text"),
             "propara": ("data_path", "questions_per_text"),
         }
@@ -120,13 +126,19 @@ class TrackingArguments:
         for name in sorted(set().union(*of_task.values()) - own):
             if getattr(self, name) not in (None, False):
                 raise ValueError(f"--{name} is no option of --task {self.task}.")
-        require(self, "eval_samples curriculum_share curriculum_power", "> 0")
+        require(self, "eval_samples curriculum_share curriculum_power changed_weight", "> 0")
         require(self, "questions_per_text split_seed eval_seed", ">= 0")
         known = {"none": TASKS, "grow": ("chains", "permutations", "boxes"), "log": ("chains", "permutations")}
         if self.task not in known[self.curriculum]:
             raise ValueError(f"--curriculum {self.curriculum} is no option of --task {self.task}.")
-        if self.curriculum == "grow" and self.boxes_train and not self.questions:
-            raise ValueError("--curriculum grow chooses questions of a text: leave out --questions_per_text 0.")
+        if self.boxes_train and not self.questions:
+            chosen = {
+                "curriculum grow": self.curriculum == "grow",
+                "rename_objects": self.rename_objects,
+                "changed_weight": self.changed_weight is not None,
+            }
+            for name in (name for name, given in chosen.items() if given):
+                raise ValueError(f"--{name} makes new texts: leave out --questions_per_text 0, which asks the files'.")
         if self.curriculum_share > 1:
             raise ValueError(f"--curriculum_share must be at most 1, got {self.curriculum_share}.")
         if self.constant_length and self.curriculum != "log":
@@ -220,8 +232,6 @@ class TrackingArguments:
         """
         if self.curriculum == "none":
             return task
-        if isinstance(task, BoxesTask):
-            return _shorter_worlds(task, self.reached(2 - task.num_boxes, task.num_operations, progress))
         low, high = self.changes()
         if self.curriculum == "grow":
             return _with_changes(task, (low, self.reached(low, high, progress)))
@@ -232,6 +242,17 @@ class TrackingArguments:
         if self.constant_length and isinstance(changed, ChainsTask):
             changed = replace(changed, num_entities=max(2, (changed.num_entities * (high + 1)) // (count + 1)))
         return changed
+
+    def world_size(self, num_boxes: int, num_operations: int, progress: float) -> tuple[int, int]:
+        """Boxes and operations of the largest worlds of training at some share of it."""
+        if self.curriculum == "none" or progress >= self.curriculum_share:
+            return num_boxes, num_operations
+        return self.size_with(num_boxes, self.reached(0, num_operations, progress))
+
+    @staticmethod
+    def size_with(num_boxes: int, num_operations: int) -> tuple[int, int]:
+        """How many boxes a curriculum lets a world of so many operations have, and the operations."""
+        return min(num_boxes, 2 + num_operations // 2), num_operations
 
     def reached(self, low: int, high: int, progress: float) -> int:
         """The largest number of changes that `--curriculum grow` asks for at some share of training."""
@@ -292,11 +313,23 @@ def sample_rows(task: TrackingTask, index: int, split: str, *, seed: int, split_
     Raises:
         ValueError: a task with too few different samples to be split.
     """
+    sample, rng = split_sample(task, index, split, seed=seed, split_seed=split_seed)
+    return list(task.rows(sample, index, rng))
+
+
+def split_sample(
+    task: TrackingTask, index: int, split: str, *, seed: int, split_seed: int
+) -> tuple[Any, np.random.Generator]:
+    """Sample `index` of a split, and the random numbers that go on to choose its rows.
+
+    Raises:
+        ValueError: as `sample_rows`.
+    """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     for _ in range(_MAX_DRAWS):
         sample = task.sample(rng, lambda key: split_of(key, split_seed) == split)
         if sample is not None:
-            return list(task.rows(sample, index, rng))
+            return sample, rng
     raise ValueError(
         f"{_MAX_DRAWS} samples of {task} and none that can be used in the split {split!r}: it has too few different "
         "samples to be split; make it larger."
@@ -308,15 +341,6 @@ def _with_changes(task: TrackingTask, changes: int | tuple[int, int]) -> Trackin
         return replace(task, num_moves=changes)
     assert isinstance(task, ChainsTask)
     return replace(task, num_state_changes=changes)
-
-
-def _shorter_worlds(task: BoxesTask, last_step: int) -> BoxesTask:
-    """With the operations up to a step; before step 0, with so many boxes less and no operation."""
-    shorter = replace(
-        task, num_boxes=task.num_boxes + min(last_step, 0), num_operations=max(last_step, 0), queries_per_world=None
-    )
-    asked = task.queries_per_world
-    return shorter if asked is None else replace(shorter, queries_per_world=min(asked, shorter.num_queries()))
 
 
 def _known(given: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from hf_lip.data import BoxesTask, load_boxes, tracking_dataset, tracking_tokenizer, unknown_words
 from hf_lip.data.box_world import BoxWorld, Operation, parse_contents, parse_description, parse_operation
-from hf_lip.data.boxes import OBJECTS, object_names, rows_of_first_boxes
+from hf_lip.data.boxes import OBJECTS
 from hf_lip.tracking_metrics import exact_match
 from tests.data.solvers import (
     boxes_after,
@@ -68,26 +68,6 @@ def test_the_vocabulary_covers_the_text(name):
     tokenizer = tracking_tokenizer(task.vocabulary())
     for row in tracking_dataset(task, 3):
         assert unknown_words(tokenizer, f"{row['prompt']} {row['answer']}") == []
-
-
-def test_questions_on_the_first_boxes():
-    rows = list(tracking_dataset(BoxesTask(num_boxes=4, num_operations=1), 5))
-    early = list(rows_of_first_boxes(rows))
-    # of two boxes told, and of three
-    assert [(row["step"], row["box"]) for row in early[:5]] == [(-2, 0), (-1, 0), (-2, 1), (-1, 1), (-1, 2)]
-    assert len(early) == 5 * 5
-    whole = {(row["sample_id"], row["box"]): row for row in rows if row["step"] == 0}
-    for row in early:
-        told = row["prompt"].removesuffix(f". Box {row['box']}").split(", ")
-        assert len(told) == 4 + row["step"]
-        full = whole[row["sample_id"], row["box"]]
-        assert full["prompt"].startswith(", ".join(told))
-        assert row["answer"] == full["answer"] == told[row["box"]].removeprefix(f"Box {row['box']} ")
-        assert {name: row[name] for name in ("numops", "num_moves")} == {
-            name: full[name] for name in ("numops", "num_moves")
-        }
-    assert set(object_names(rows)) <= set(OBJECTS)
-    assert {name for row in rows for name in OBJECTS if f"the {name}" in row["answer"]} == set(object_names(rows))
 
 
 def test_splits_share_no_vector_of_initial_counts():

@@ -75,7 +75,9 @@ class TestLearning:
         assert chained["num_parameters"] == softmax["num_parameters"]
 
     @pytest.mark.parametrize(
-        "words", [[], ["--curriculum", "grow", "--curriculum_power", 2, "--rename_objects"]], ids=["plain", "growing"]
+        "words",
+        [[], ["--curriculum", "grow", "--curriculum_power", 2, "--rename_objects", "--changed_weight", 3]],
+        ids=["plain", "growing"],
     )
     def test_boxes_from_files(self, run, tmp_path, words):
         train = boxes_file(tmp_path / "train-t5.jsonl.gz", 24)

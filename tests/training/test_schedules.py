@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from hf_lip.training import LEARNING_RATE_SCHEDULES, linear_ramp, one_cycle, triangular
+from hf_lip.training.schedules import stable_decay
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,7 @@ def test_linear_ramp_rises_over_its_share_then_stays():
     assert values == pytest.approx([0.1, 1.55, 3.0, 3.0, 3.0])
     with pytest.raises(ValueError, match="`share`"):
         linear_ramp(0.5, 0.1, 3.0, share=0.0)
+
+
+def test_stable_decay_falls_in_the_last_quarter():
+    assert [stable_decay(progress) for progress in (0.0, 0.5, 0.75, 0.875, 1.0)] == [1.0, 1.0, 1.0, 0.5, 0.0]

@@ -125,26 +125,12 @@ class TestCurricula:
             )
             assert {len(row["labels"]) for row in rows} <= set(range(22, 35))
 
-    def test_worlds_grow_in_boxes_then_in_operations(self):
-        arguments = TrackingArguments(
-            task="boxes", num_boxes=4, num_operations=6, curriculum="grow", curriculum_power=2.0, questions_per_text=9
-        )
-        samples = GeneratedSamples(arguments, 5, 3, tracking_tokenizer(arguments.tasks()[0].vocabulary()))
-        rows = [
-            [question.row for _, questions in samples.draw(step, progress, range(3)) for question in questions]
-            for step, progress in enumerate((0.05, 0.35, 0.6, 1.0))
-        ]
-        sizes = [(1 + max(row["box"] for row in part), max(row["step"] for row in part)) for part in rows]
-        # the square of the share of the 8 changes: two boxes more, six operations
-        assert sizes == [(2, 0), (4, 1), (4, 6), (4, 6)]
-        assert [len(part) for part in rows] == [6, 24, 27, 27]
 
-
-def file_texts(questions, batch_size=4, worlds=6, **options):
+def file_texts(questions, batch_size=4, worlds=6):
     task = BoxesTask(num_boxes=2, num_operations=2)
     tokenizer = tracking_tokenizer(task.vocabulary())
     texts = encode_texts(list(tracking_dataset(task, worlds)), tokenizer, ("sample_id",))
-    return FileTexts(texts, questions, 0, batch_size, **options)
+    return FileTexts(texts, questions, 0, batch_size)
 
 
 class TestFiles:
@@ -174,37 +160,6 @@ class TestFiles:
         assert len(rows) == 36
         assert "text_ids" not in samples.collate(drawn[0])
 
-    def test_questions_of_later_steps_wait(self):
-        samples = file_texts(questions=4, last_step=lambda progress: round(2 * progress))
-        for progress in (0.0, 0.5, 1.0):
-            drawn = samples.draw(0, progress, range(4))
-            steps = [question.row["step"] for _, questions in drawn for question in questions]
-            assert max(steps) == 2 * progress
-            assert len(steps) == (8 if progress == 0.0 else 16)
-
-    @pytest.mark.parametrize("questions", [0, 3])
-    def test_names_of_a_text_and_its_answers_become_others_in_the_same_order(self, questions):
-        task = BoxesTask(num_boxes=2, num_operations=2)
-        tokenizer = tracking_tokenizer(task.vocabulary())
-        tokens = tokenizer.convert_tokens_to_ids(list(task.objects))
-        plain, renamed = file_texts(questions), file_texts(questions, renamed=tokens)
-        names = []
-        for step in (0, 1):
-            for old, new in zip(plain.draw(step, 1.0, range(4)), renamed.draw(step, 1.0, range(4)), strict=True):
-                before = np.concatenate([old[0], *(question.ids for question in old[1])])
-                after = np.concatenate([new[0], *(question.ids for question in new[1])])
-                pairs = set(zip(before.tolist(), after.tolist(), strict=True))
-                # one name for another, all else as it was
-                assert len(pairs) == len({first for first, _ in pairs}) == len({second for _, second in pairs})
-                assert all((first in tokens) == (second in tokens) for first, second in pairs)
-                assert all(first == second for first, second in pairs if first not in tokens)
-                changed = sorted(pair for pair in pairs if pair[0] in tokens)
-                assert [second for _, second in changed] == sorted(second for _, second in changed)
-                names += changed
-        assert sum(first != second for first, second in names) > 0.9 * len(names)
-        # drawn anew for every text
-        assert len(set(names)) > len({first for first, _ in names})
-
     def test_a_batch_larger_than_the_data_is_refused(self):
         with pytest.raises(ValueError, match="--train_batch_size is 7, more than the 6 samples"):
             file_texts(questions=2, batch_size=7)
@@ -227,11 +182,6 @@ class TestArguments:
             ({"num_variables": 3}, "`num_variables`"),
             ({"curriculum": "log", "task": "random_chains"}, "--curriculum log is no option of --task random_chains"),
             ({"curriculum": "log", "task": "boxes"}, "--curriculum log is no option of --task boxes"),
-            (
-                {"task": "boxes", "boxes_train": "x", "boxes_eval": ["y"], "curriculum": "grow"}
-                | {"questions_per_text": 0},
-                "leave out --questions_per_text 0",
-            ),
             ({"task": "boxes", "rename_objects": True}, "--rename_objects is for worlds of files"),
             ({"curriculum": "grow", "curriculum_power": 0.0}, "--curriculum_power must be > 0"),
             ({"constant_length": True}, "needs --curriculum log"),

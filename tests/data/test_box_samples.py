@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of Boxes, and the smaller worlds inside them."""
+
+import numpy as np
+import pytest
+
+from hf_lip.data import BoxesTask, tracking_dataset
+from hf_lip.data.box_samples import (
+    BoxesSample,
+    boxes_row,
+    object_names,
+    part_of_sample,
+    renamed_sample,
+    rows_of_sample,
+)
+from hf_lip.data.box_world import BoxWorld
+from hf_lip.data.boxes import OBJECTS
+
+
+TASKS = [BoxesTask(), BoxesTask(num_boxes=4, num_operations=9, operations={"move": 1, "contents": 2, "put": 1})]
+TEXT = (
+    "Box 0 contains the cup and the map, Box 1 is empty, Box 2 contains the key. Move the cup from Box 0 to Box 1. "
+    "Move the contents of Box 2 to Box 0. Remove the cup from Box 1. Put the cup into Box 2."
+)
+
+
+def samples(task, count=40):
+    rng = np.random.default_rng(3)
+    drawn = (task.sample(rng, lambda key: True) for _ in range(count))
+    return [sample for sample in drawn if sample is not None]
+
+
+def every_question(sample):
+    return {(step, box) for step in range(len(sample.operations) + 1) for box in range(len(sample.contents))}
+
+
+def told(sample):
+    world = BoxWorld(sample.contents)
+    for operation in sample.operations:
+        world.apply(operation)
+    return world.text()
+
+
+@pytest.mark.parametrize("task", TASKS, ids=["base", "contents"])
+def test_a_text_gives_its_sample_back(task):
+    for sample in samples(task):
+        assert BoxesSample.of_text(told(sample)) == sample
+
+
+def test_num_changes_are_the_numops_of_the_rows():
+    for sample in samples(TASKS[1]):
+        changes = sample.num_changes()
+        for row in rows_of_sample(sample, every_question(sample), 0):
+            assert changes[row["step"], row["box"]] == row["numops"]
+
+
+def test_rows_are_those_asked_for_in_order():
+    sample = BoxesSample.of_text(TEXT)
+    rows = list(rows_of_sample(sample, {(4, 2), (0, 1), (2, 0)}, 7))
+    assert [(row["sample_id"], row["step"], row["box"], row["answer"]) for row in rows] == [
+        (7, 0, 1, "is empty"),
+        (7, 2, 0, "contains the key and the map"),
+        (7, 4, 2, "contains the cup"),
+    ]
+    assert rows[-1]["prompt"] == f"{TEXT} Box 2"
+
+
+def test_a_part_tells_what_one_who_sees_its_boxes_would():
+    sample = BoxesSample.of_text(TEXT)
+    assert told(part_of_sample(sample, [0, 1], 9)) == (
+        "Box 0 contains the cup and the map, Box 1 is empty. Move the cup from Box 0 to Box 1. "
+        "Put the key into Box 0. Remove the cup from Box 1."
+    )
+    # the boxes are numbered in the order given
+    assert told(part_of_sample(sample, [2, 1], 2)) == (
+        "Box 0 contains the key, Box 1 is empty. Put the cup into Box 1. Remove the key from Box 0."
+    )
+    assert part_of_sample(sample, [0, 1, 2], 4) == sample
+    assert part_of_sample(sample, [0, 1, 2], 1).operations == sample.operations[:1]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=["base", "contents"])
+def test_boxes_of_a_part_contain_what_they_do_in_the_whole(task):
+    rng = np.random.default_rng(0)
+    for sample in samples(task):
+        boxes = np.sort(rng.permutation(task.num_boxes)[:3]).tolist()
+        part = part_of_sample(sample, boxes, task.num_operations)
+        whole, inside = BoxWorld(sample.contents), BoxWorld(part.contents)
+        for operation in sample.operations:
+            whole.apply(operation)
+        for operation in part.operations:
+            inside.apply(operation)
+        assert [inside.contents(place) for place in range(3)] == [whole.contents(box) for box in boxes]
+        # each of its operations is one of the whole that changed one of the boxes
+        touched = [each for each in sample.operations if {each.source, each.target} & set(boxes)]
+        assert len(part.operations) == len(touched)
+
+
+def test_renaming_changes_names_and_nothing_else():
+    sample = BoxesSample.of_text(TEXT)
+    renamed = renamed_sample(sample, {"cup": "zebra", "map": "apple"})
+    assert told(renamed) == (
+        "Box 0 contains the apple and the zebra, Box 1 is empty, Box 2 contains the key. "
+        "Move the zebra from Box 0 to Box 1. Move the contents of Box 2 to Box 0. Remove the zebra from Box 1. "
+        "Put the zebra into Box 2."
+    )
+    assert object_names([sample, renamed]) == ["apple", "cup", "key", "map", "zebra"]
+
+
+def test_the_generator_names_its_objects():
+    assert set(object_names(samples(TASKS[0]))) == set(OBJECTS)
+
+
+def test_rows_of_the_generator_are_rows_of_its_samples():
+    rows = list(tracking_dataset(BoxesTask(num_operations=3, query_steps="last"), 5))
+    for row in rows:
+        sample = BoxesSample.of_text(row["prompt"].rpartition(" Box ")[0])
+        assert list(rows_of_sample(sample, {(3, row["box"])}, row["sample_id"])) == [row]
+    world = BoxWorld(sample.contents)
+    assert boxes_row(world, 0, 0)["step"] == 0
