@@ -73,28 +73,32 @@ def rows_of_sample(
                 yield boxes_row(world, box, sample_id)
 
 
-def part_of_sample(sample: BoxesSample, boxes: Sequence[int], num_operations: int) -> BoxesSample:
-    """The world of some of the boxes, numbered anew in their order, with its first operations.
+def part_of_sample(sample: BoxesSample, boxes: Sequence[int], num_operations: int, start: int = 0) -> BoxesSample:
+    """The world of some of the boxes, numbered anew in their order, as it is after `start` operations of the sample,
+    and the next operations on it.
 
     For someone who sees these boxes only, what comes from another box is put and what goes to one is removed.
     Operations on other boxes are left out.
     """
     world = BoxWorld(sample.contents)
-    places = {box: place for place, box in enumerate(boxes)}
+    for operation in sample.operations[:start]:
+        world.apply(operation)
+    contents = tuple(tuple(world.contents(box)) for box in boxes)
+    places: dict[int | None, int] = {box: place for place, box in enumerate(boxes)}
     told: list[Operation] = []
-    for operation in sample.operations:
+    for operation in sample.operations[start:]:
         if len(told) == num_operations:
             break
         given = operation.kind != "contents"
         names = operation.objects if given else tuple(world.contents(operation.source))  # type: ignore[arg-type]
         world.apply(operation)
-        # None, no box, is not among them
-        source, target = places.get(operation.source), places.get(operation.target)  # type: ignore[arg-type]
+        # no box, which is None, is not among them
+        source, target = places.get(operation.source), places.get(operation.target)
         if source is not None and target is not None:
             told.append(replace(operation, source=source, target=target))
         elif source is not None or target is not None:
             told.append(Operation("put" if source is None else "remove", names, source, target))
-    return BoxesSample(tuple(sample.contents[box] for box in boxes), tuple(told))
+    return BoxesSample(contents, tuple(told))
 
 
 def renamed_sample(sample: BoxesSample, names: Mapping[str, str]) -> BoxesSample:

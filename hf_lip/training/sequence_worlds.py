@@ -27,7 +27,7 @@ class BoxTexts:
     """Worlds with several questions each, drawn anew each time.
 
     While `--curriculum grow` runs, half of the worlds of a step have the largest size that it has reached, the others
-    fewer operations and boxes: what was learnt is kept.
+    fewer operations and boxes, mostly few: what was learnt is kept.
 
     Args:
         worlds: of files, in a new order every epoch; the last ones of an epoch that fill no batch are left out.
@@ -80,14 +80,23 @@ class BoxTexts:
         return sample
 
     def _part(self, sample: BoxesSample, progress: float, rng: np.random.Generator) -> BoxesSample:
+        """The world, or while the curriculum grows a smaller one in it: from one of its operations on, with the boxes
+        of that operation and some others, so that every kind of operation is seen inside the smallest worlds.
+        """
         largest = len(sample.contents), len(sample.operations)
         size = self.arguments.world_size(*largest, progress)
         if size == largest:
             return sample
         if rng.random() < 0.5:
-            size = self.arguments.size_with(largest[0], int(rng.integers(size[1] + 1)))
-        boxes = np.sort(rng.permutation(largest[0])[: size[0]]).tolist()
-        return part_of_sample(sample, boxes, size[1])
+            size = self.arguments.size_with(largest[0], int((size[1] + 1) * rng.random() ** 2))
+        # where as many operations follow
+        start = int(rng.integers(max(largest[1] - size[1], 0) + 1))
+        order = rng.permutation(largest[0]).tolist()
+        if start < largest[1]:
+            first = sample.operations[start]
+            order.sort(key=lambda box: box not in (first.source, first.target))
+        boxes = order[: size[0]]
+        return part_of_sample(sample, rng.permutation(boxes).tolist(), size[1], start)
 
     def _renamed(self, sample: BoxesSample, rng: np.random.Generator) -> BoxesSample:
         if not self.names:

@@ -77,6 +77,10 @@ def test_a_part_tells_what_one_who_sees_its_boxes_would():
     )
     assert part_of_sample(sample, [0, 1, 2], 4) == sample
     assert part_of_sample(sample, [0, 1, 2], 1).operations == sample.operations[:1]
+    # as it is after the first operation
+    assert told(part_of_sample(sample, [1, 2], 2, start=1)) == (
+        "Box 0 contains the cup, Box 1 contains the key. Remove the key from Box 1. Remove the cup from Box 0."
+    )
 
 
 @pytest.mark.parametrize("task", TASKS, ids=["base", "contents"])

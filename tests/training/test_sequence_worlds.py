@@ -112,10 +112,18 @@ class TestCurriculum:
         early = Counter(self.drawn_sizes(samples, 0.25))
         assert max(early) == (3, 3)
         # half of them the largest, unless the boxes have no more operations
-        assert early[3, 3] >= 20
+        assert early[3, 3] >= 18
         assert {size for size, _ in early} == {2, 3}
         assert {operations for _, operations in early} == {0, 1, 2, 3}
         assert set(self.drawn_sizes(samples, 0.5)) == {(4, 6)}
+
+    @pytest.mark.parametrize("make", [generated, lambda **changes: of_files(**changes)[0]], ids=["generated", "files"])
+    def test_the_smallest_worlds_have_every_kind_of_operation(self, make):
+        samples = make(curriculum="grow", questions_per_text=28)
+        # two boxes, one operation
+        drawn = [described(one) for step in range(30) for one in samples.draw(step, 0.1, range(4))]
+        kinds = Counter(one.operations[0].kind for one in drawn if one.operations)
+        assert min(kinds[kind] for kind in ("move", "remove", "put")) > 8
 
     def test_without_one_worlds_are_whole(self):
         assert set(self.drawn_sizes(generated(questions_per_text=28), 0.0, steps=2)) == {(4, 6)}
