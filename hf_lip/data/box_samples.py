@@ -8,10 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lip.data.box_world import BoxWorld, Operation, parse_description, parse_operation
+from hf_lip.data.box_world import BoxWorld, Operation, parse_contents, parse_description, parse_operation
 
 
-__all__ = ["BoxesSample", "boxes_row", "object_names", "part_of_sample", "renamed_sample", "rows_of_sample"]
+__all__ = [
+    "BoxesSample",
+    "as_last_named",
+    "boxes_row",
+    "object_names",
+    "part_of_sample",
+    "renamed_sample",
+    "rows_of_sample",
+]
 
 
 @dataclass(frozen=True)
@@ -115,3 +123,13 @@ def object_names(samples: Collection[BoxesSample]) -> list[str]:
     """The objects of some samples, sorted."""
     groups = [group for one in samples for group in (*one.contents, *(each.objects for each in one.operations))]
     return sorted({name for group in groups for name in group})
+
+
+def as_last_named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with the objects of its answer in the order in which the prompt names them last."""
+    names = parse_contents(row["answer"])
+    if not names:
+        return dict(row)
+    words = row["prompt"].replace(",", " ").replace(".", " ").split()
+    last = {word: place for place, word in enumerate(words)}
+    return {**row, "answer": "contains " + " and ".join(f"the {name}" for name in sorted(names, key=last.__getitem__))}

@@ -94,7 +94,8 @@ def generated_rows(task: TrackingTask, arguments: TrackingArguments) -> list[dic
     """Rows of `--eval_samples` samples of the split `--eval_split`."""
     options: dict[str, Any] = {"seed": arguments.eval_seed, "split_seed": arguments.split_seed}
     indices = range(arguments.eval_samples)
-    return [row for index in indices for row in sample_rows(task, index, arguments.eval_split, **options)]
+    rows = [row for index in indices for row in sample_rows(task, index, arguments.eval_split, **options)]
+    return arguments.ordered_answers(rows)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data import BoxesTask, ChainsTask, PermutationsTask, RandomChainsTask, load_babi, load_boxes, load_propara
+from ..data.box_samples import as_last_named
 from ..data.generation import SPLITS, TrackingTask, split_of
 from .arguments import option, require
 from .sequence_arguments import named_values
@@ -84,6 +85,11 @@ class TrackingArguments:
         "boxes, from files: give the objects of a text other names of the data each time: a thousand worlds can be "
         "learnt by heart.",
     )
+    answer_order: Literal["alphabet", "text"] | None = option(
+        None,
+        "boxes: order of the objects in an answer, which does not matter for the exact match of sets: the data's, or "
+        "that in which the text names them last, which is learnt sooner. Also of the evaluation. Default: alphabet.",
+    )
     changed_weight: float | None = option(
         None, "boxes: how much likelier a question on a box that operations changed is asked than another. Default: 1."
     )
@@ -116,7 +122,14 @@ class TrackingArguments:
             ),
             "permutations": ("form", *changes, "num_elements", "moves"),
             "boxes": (
-                *("boxes_train", "boxes_eval", "rename_objects", "questions_per_text", "changed_weight"),
+                *(
+                    "boxes_train",
+                    "boxes_eval",
+                    "rename_objects",
+                    "questions_per_text",
+                    "changed_weight",
+                    "answer_order",
+                ),
                 *generated_boxes,
             ),
             "babi": ("data_path", "babi_task", "questions_per_text"),
@@ -200,6 +213,10 @@ class TrackingArguments:
         """Columns by which accuracy is reported."""
         return ("hops",) if self.dense else DEPTHS.get(self.task, ("num_state_changes",))
 
+    def ordered_answers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with their answers in the order of --answer_order."""
+        return list(map(as_last_named, rows)) if self.answer_order == "text" else rows
+
     def changes(self) -> tuple[int, int]:
         """The smallest and the largest number of state changes of a training sample."""
         ends = self.num_state_changes or ([1, 63] if self.task == "chains" else [1, 32])
@@ -265,7 +282,8 @@ class TrackingArguments:
             assert self.boxes_eval is not None
             train = load_boxes(self.boxes_train, "train").to_list()
             named = {path.rstrip("/").rpartition("/")[2].partition(".")[0]: path for path in self.boxes_eval}
-            return train, {name: load_boxes(path, self.eval_split).to_list() for name, path in named.items()}
+            sets = {name: load_boxes(path, self.eval_split).to_list() for name, path in named.items()}
+            return self.ordered_answers(train), {name: self.ordered_answers(rows) for name, rows in sets.items()}
         assert self.data_path is not None
         if self.task == "propara":
             return (

@@ -60,7 +60,7 @@ class BoxTexts:
             sample = self._part(self._world(number), progress, rng)
             asked = self._questions(sample, rng)
             rows += rows_of_sample(self._renamed(sample, rng), asked, number)
-        texts = encode_texts(rows, self.tokenizer, self.arguments.text_key)
+        texts = encode_texts(self.arguments.ordered_answers(rows), self.tokenizer, self.arguments.text_key)
         return [(text.ids, text.questions) for text in texts]
 
     def length(self, sample: Any) -> int:

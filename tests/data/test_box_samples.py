@@ -7,6 +7,7 @@ import pytest
 from hf_lip.data import BoxesTask, tracking_dataset
 from hf_lip.data.box_samples import (
     BoxesSample,
+    as_last_named,
     boxes_row,
     object_names,
     part_of_sample,
@@ -122,3 +123,21 @@ def test_rows_of_the_generator_are_rows_of_its_samples():
         assert list(rows_of_sample(sample, {(3, row["box"])}, row["sample_id"])) == [row]
     world = BoxWorld(sample.contents)
     assert boxes_row(world, 0, 0)["step"] == 0
+
+
+def test_answers_in_the_order_of_the_text():
+    rows = list(rows_of_sample(BoxesSample.of_text(TEXT), {(0, 0), (1, 0), (2, 0), (3, 1)}, 0))
+    # the key, which comes by "the contents", is named last where it was at first: after the map
+    assert [as_last_named(row)["answer"] for row in rows] == [
+        "contains the cup and the map",
+        "contains the map",
+        "contains the map and the key",
+        "is empty",
+    ]
+    assert [{**as_last_named(row), "answer": row["answer"]} for row in rows] == rows
+    put = BoxesSample.of_text(
+        "Box 0 contains the pen, Box 1 is empty. Put the cup into Box 0. Put the axe into Box 0."
+    )
+    (row,) = rows_of_sample(put, {(2, 0)}, 0)
+    assert row["answer"] == "contains the axe and the cup and the pen"
+    assert as_last_named(row)["answer"] == "contains the pen and the cup and the axe"

@@ -76,8 +76,12 @@ class TestLearning:
 
     @pytest.mark.parametrize(
         "words",
-        [[], ["--curriculum", "grow", "--curriculum_power", 2, "--rename_objects", "--changed_weight", 3]],
-        ids=["plain", "growing"],
+        [
+            [],
+            ["--curriculum", "grow", "--curriculum_power", 2, "--rename_objects", "--changed_weight", 3],
+            ["--answer_order", "text"],
+        ],
+        ids=["plain", "growing", "text order"],
     )
     def test_boxes_from_files(self, run, tmp_path, words):
         train = boxes_file(tmp_path / "train-t5.jsonl.gz", 24)

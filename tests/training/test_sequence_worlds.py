@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hf_lip.data import BoxesTask, tracking_dataset, tracking_tokenizer
-from hf_lip.data.box_samples import BoxesSample, object_names
+from hf_lip.data.box_samples import BoxesSample, as_last_named, object_names
 from hf_lip.training.sequence_tasks import TrackingArguments
 from hf_lip.training.sequence_worlds import BoxTexts, worlds_of_rows
 
@@ -169,6 +169,13 @@ class TestNames:
 
 
 class TestQuestions:
+    def test_answers_in_the_order_of_the_text(self):
+        drawn = {order: of_files(answer_order=order)[0].draw(0, 1.0, range(4)) for order in (None, "text")}
+        pairs = list(zip(questions(drawn[None]), questions(drawn["text"]), strict=True))
+        assert all(sorted(one.ids.tolist()) == sorted(other.ids.tolist()) for one, other in pairs)
+        assert 0.05 < np.mean([one.ids.tolist() != other.ids.tolist() for one, other in pairs]) < 0.6
+        assert all(other.row["answer"] == as_last_named(one.row)["answer"] for one, other in pairs)
+
     def test_changed_boxes_are_asked_for_as_often_as_told(self):
         shares = {}
         for weight in (None, 8.0):
