@@ -13,16 +13,16 @@ with the smallest worlds inside those of the files and exchanges the names of th
 
     python scripts/train_entity_tracking.py --task boxes --boxes_train boxes/train-t5.jsonl.gz \
         --boxes_eval boxes/dev-t5.jsonl.gz boxes/test-t5.jsonl.gz --rename_objects --curriculum grow \
-        --curriculum_power 2.2 --curriculum_share 0.65 --changed_weight 3 --answer_order text \
-        --questions_per_text 12 --layer_types full chained --gamma 0.9 \
-        --diagonal keep --hidden_size 128 --num_attention_heads 8 --intermediate_size 256 --initializer_range 0.1 \
-        --tie_word_embeddings --learning_rate 0.001 --lr_schedule stable_decay --adam_betas 0.9 0.99 \
-        --train_batch_size 16 --max_steps 8000 --output_dir runs/boxes-1+1 --cpu
+        --curriculum_share 0.7 --changed_weight 3 --answer_order text --questions_per_text 12 \
+        --layer_types full chained --gamma 0.9 --diagonal keep --hidden_size 128 --num_attention_heads 8 \
+        --intermediate_size 256 --initializer_range 0.1 --tie_word_embeddings --learning_rate 0.001 \
+        --lr_schedule stable_decay --adam_betas 0.9 0.99 --train_batch_size 16 --max_steps 8000 \
+        --output_dir runs/boxes-1+1 --cpu
 
 Generated worlds that take depth, with longer ones for the evaluation:
 
     python scripts/train_entity_tracking.py --task boxes --boxes_operations contents=1 --num_operations 12 \
-        --eval_num_operations 24 --curriculum grow --curriculum_power 2 --layer_types full chained ...
+        --eval_num_operations 24 --curriculum grow --layer_types full chained ...
 
 Also --task random_chains, permutations, babi and propara. Two processes on CPU (`accelerate launch --cpu
 --num_processes 2` would start one); interrupted and taken up again:

@@ -51,8 +51,9 @@ class TrackingArguments:
     curriculum: Literal["none", "grow", "log"] = option(
         "none",
         "chains, permutations, boxes: which changes (boxes: operations) a training sample has: uniformly drawn; up "
-        "to a largest number that grows to its end over --curriculum_share of training, for boxes together with the "
-        "boxes, from two of them on; all samples of a step the same number, drawn log-uniformly (not for boxes).",
+        "to a largest number that grows to its end over --curriculum_share of training, for boxes geometrically and "
+        "with the boxes, from two of them on; all samples of a step the same number, drawn log-uniformly (not for "
+        "boxes).",
     )
     curriculum_share: float = option(0.6, "grow: share of training after which all lengths are drawn.")
     curriculum_power: float = option(
@@ -261,15 +262,19 @@ class TrackingArguments:
         return changed
 
     def world_size(self, num_boxes: int, num_operations: int, progress: float) -> tuple[int, int]:
-        """Boxes and operations of the largest worlds of training at some share of it."""
+        """Boxes and operations of the largest worlds of training at some share of it.
+
+        The operations grow geometrically: the first few take a model as long to learn as all others together.
+        """
         if self.curriculum == "none" or progress >= self.curriculum_share:
             return num_boxes, num_operations
-        return self.size_with(num_boxes, self.reached(0, num_operations, progress))
+        exponent = (progress / self.curriculum_share) ** self.curriculum_power
+        return self.size_with(num_boxes, round((num_operations + 1) ** exponent) - 1)
 
     @staticmethod
     def size_with(num_boxes: int, num_operations: int) -> tuple[int, int]:
         """How many boxes a curriculum lets a world of so many operations have, and the operations."""
-        return min(num_boxes, 2 + num_operations // 2), num_operations
+        return min(num_boxes, 2 + max(num_operations - 1, 0) // 2), num_operations
 
     def reached(self, low: int, high: int, progress: float) -> int:
         """The largest number of changes that `--curriculum grow` asks for at some share of training."""
