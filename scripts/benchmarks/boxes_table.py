@@ -30,6 +30,7 @@ from scipy.stats import binomtest
 from transformers import HfArgumentParser
 
 from hf_lip.models.certificate import write_text_atomically
+from hf_lip.training.finished_run import finished_run
 
 
 # rarer depths are left to results.json
@@ -48,14 +49,14 @@ class BoxesArguments:
 def main(argv: list[str] | None = None) -> None:
     kinds: Any = BoxesArguments
     (args,) = HfArgumentParser(kinds).parse_args_into_dataclasses(argv)
-    runs = [read_run(Path(folder)) for folder in args.runs]
+    runs = [finished_run(Path(folder), "boxes") for folder in args.runs]
     sets = list(runs[0]["evaluations"])
     if any(list(run["evaluations"]) != sets for run in runs):
         raise ValueError("The runs were evaluated on different sets: compare runs with the same --boxes_eval.")
     if any(run["steps"] != runs[0]["steps"] for run in runs):
         raise ValueError("The runs have different numbers of steps: compare runs that were trained alike.")
-    ordered = sorted(runs, key=lambda run: ("chained" not in run["name"], run["name"], run["seed"]))
-    models = [(name, list(group)) for name, group in groupby(ordered, key=lambda run: run["name"])]
+    ordered = sorted(runs, key=lambda run: ("chained" not in run["model"], run["model"], run["seed"]))
+    models = [(name, list(group)) for name, group in groupby(ordered, key=lambda run: run["model"])]
     results = {
         "by": args.by,
         "steps": runs[0]["steps"],
@@ -67,25 +68,6 @@ def main(argv: list[str] | None = None) -> None:
     for name, rows in results["sets"].items():
         show(name, rows, args.by, results["steps"])
         draw(name, rows, args.by, out / f"{name}.png")
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Name of the model, seed, and what it measured.
-
-    Raises:
-        ValueError: a folder of another kind.
-    """
-    file = folder / "results.json"
-    if not file.exists():
-        raise ValueError(f"{folder} has no results.json: give folders of finished runs.")
-    results = json.loads(file.read_text(encoding="utf-8"))
-    if results.get("task") != "boxes":
-        raise ValueError(f"{folder} is no run of --task boxes.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kinds = ["softmax" if kind == "full_attention" else "chained" for kind in config["layer_types"]]
-    name = " + ".join(f"{len(list(group))} {kind}" for kind, group in groupby(kinds))
-    kept = ("evaluations", "steps", "num_parameters", "cpu_seconds")
-    return {"name": name, "seed": results["arguments"]["seed"]} | {key: results[key] for key in kept}
 
 
 def model_results(model: str, runs: list[dict[str, Any]], name: str, by: str) -> dict[str, Any]:

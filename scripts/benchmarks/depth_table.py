@@ -38,6 +38,7 @@ import hf_lip  # noqa: F401  (registers the models)
 from hf_lip.data import ChainsTask, embed_statements, tracking_dataset
 from hf_lip.models.certificate import write_text_atomically
 from hf_lip.tracking_metrics import exact_match_by_depth, minimal_layers, predicted_tokens
+from hf_lip.training.finished_run import finished_run
 
 
 @dataclass
@@ -80,20 +81,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: a folder of another kind.
     """
-    file = folder / "results.json"
-    if not file.exists():
-        raise ValueError(f"{folder} has no results.json: give folders of finished runs.")
-    results = json.loads(file.read_text(encoding="utf-8"))
+    results = finished_run(folder, "chains")
     arguments = results["arguments"]
-    if results.get("task") != "chains" or arguments["form"] == "text":
+    if arguments["form"] == "text":
         raise ValueError(f"{folder} is no run of --task chains with one token a statement.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kinds = ["softmax" if kind == "full_attention" else "chained" for kind in config["layer_types"]]
-    name = " + ".join(f"{len(list(group))} {kind}" for kind, group in groupby(kinds))
     entities, values = arguments["num_entities"] or 2, arguments["num_values"] or 10
     variables = (results["vocab_size"] - 5 - values) // 2
     return {
-        "folder": folder, "name": name, "seed": arguments["seed"], "steps": results["steps"],
+        "folder": folder, "name": results["model"], "seed": results["seed"], "steps": results["steps"],
         "cpu_seconds": results["cpu_seconds"], "num_parameters": results["num_parameters"],
         "task": (entities, values, variables),
     }  # fmt: skip

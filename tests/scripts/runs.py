@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of quick training runs, images made for them, and what they leave behind."""
 
+import contextlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -20,6 +23,20 @@ SMALL_DATA = [
     *("--max_train_samples", "240", "--max_eval_samples", "67"),
     *("--train_batch_size", "24", "--eval_batch_size", "16"),
 ]
+
+
+@contextlib.contextmanager
+def loaded_script(path):
+    """A script as a module; `HfArgumentParser` looks up the types of its arguments in `sys.modules`."""
+    name = f"{Path(path).stem}_script"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[name]
 
 
 def subprocess_environment():

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of Boxes must say what the runs in it measured, and put each run where it belongs."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 
-from .runs import ROOT
+from .runs import ROOT, loaded_script
 from .sequence_runs import run_script
 
 
@@ -19,14 +17,8 @@ BOXES = [
 
 @pytest.fixture(scope="module")
 def script():
-    path = ROOT / "scripts" / "benchmarks" / "boxes_table.py"
-    spec = importlib.util.spec_from_file_location("boxes_table", path)
-    module = importlib.util.module_from_spec(spec)
-    # `HfArgumentParser` looks up the types of the arguments in their module
-    sys.modules["boxes_table"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["boxes_table"]
+    with loaded_script(ROOT / "scripts" / "benchmarks" / "boxes_table.py") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the real script: one process and two, killed and taken up again, on the digits."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -17,6 +16,8 @@ from accelerate.state import PartialState
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_lip.smoothing.logs import PARTS_NAME, read_log
+
+from .runs import loaded_script
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,13 +52,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("certify_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # `HfArgumentParser` looks up the types of the arguments in their module
-    sys.modules["certify_script"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["certify_script"]
+    with loaded_script(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of all procedures on shared samples must give what each gives by itself."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_lip.data.images import load_image_dataset
 from hf_lip.pipelines.loading import load_certify_pipeline
 
+from .runs import loaded_script
+
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "compare_procedures.py"
 SETTINGS = {"sigma": 0.5, "n0": 20, "n": 300, "alpha": 0.001, "seed": 0}
@@ -20,13 +20,8 @@ SETTINGS = {"sigma": 0.5, "n0": 20, "n": 300, "alpha": 0.001, "seed": 0}
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("compare_procedures", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # `HfArgumentParser` looks up the types of the arguments in their module
-    sys.modules["compare_procedures"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["compare_procedures"]
+    with loaded_script(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of accuracy by depth must say what the runs in it do, and put each run where it belongs."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_lip.data import ChainsTask, embed_statements, tracking_dataset
 
-from .runs import ROOT
+from .runs import ROOT, loaded_script
 from .sequence_runs import run_script
 
 
@@ -25,14 +23,8 @@ CHAINED = ["--layer_types", "chained", "--gamma", 0.9, "--diagonal", "keep"]
 
 @pytest.fixture(scope="module")
 def script():
-    path = ROOT / "scripts" / "benchmarks" / "depth_table.py"
-    spec = importlib.util.spec_from_file_location("depth_table", path)
-    module = importlib.util.module_from_spec(spec)
-    # `HfArgumentParser` looks up the types of the arguments in their module
-    sys.modules["depth_table"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["depth_table"]
+    with loaded_script(ROOT / "scripts" / "benchmarks" / "depth_table.py") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
