@@ -17,6 +17,7 @@ from .published import PublishedResult, read_published
 from .result_tables import by_depth_table, results_table, shown_figures
 from .run_text import certification_text, describe_training, hardware_text
 from .sections import hand_written_block
+from .tracking_reruns import tracking_arguments
 from .use import how_to_use, intended_use
 
 
@@ -262,10 +263,12 @@ def _proof(source: CardSource) -> list[str]:
 
 def _how_to_check(source: CardSource) -> str:
     files = ", ".join(dict.fromkeys(f"`{one.file}`" for one in source.evaluations))
+    generated = all(one.kind == "tracking" and tracking_arguments(one).generated for one in source.evaluations)
+    data = "" if generated else " --data path/to/data"
     return (
         f"All figures were written by the evaluation into {files}; nothing here was typed in. To evaluate the model "
         "again and compare every figure:\n\n"
-        "```bash\nhf-lip card --check . --data path/to/data\n```"
+        f"```bash\nhf-lip card --check .{data}\n```"
     )
 
 

@@ -22,7 +22,7 @@ _FLOAT32 = 0.001
 # of the second evaluation of generated samples
 _SECOND = "extrapolation"
 
-__all__ = ["rerun_tracking"]
+__all__ = ["rerun_tracking", "tracking_arguments"]
 
 
 def rerun_tracking(folder: Path, evaluation: Evaluation, request: Request) -> Rerun:
@@ -31,9 +31,8 @@ def rerun_tracking(folder: Path, evaluation: Evaluation, request: Request) -> Re
     Raises:
         FileNotFoundError, ValueError: data files that are not where they were, or others.
     """
+    arguments = _with_data(tracking_arguments(evaluation), request, evaluation)
     given = take(evaluation.content, ("arguments",), evaluation.file)
-    known = {field.name for field in fields(TrackingArguments)}
-    arguments = _with_data(TrackingArguments(**{k: v for k, v in given.items() if k in known}), request, evaluation)
     batch_size = request.batch_size or int(given.get("eval_batch_size") or 64)
     chosen, samples, total = _questions(folder, arguments, evaluation, batch_size, request)
     complete = samples == total
@@ -50,6 +49,13 @@ def rerun_tracking(folder: Path, evaluation: Evaluation, request: Request) -> Re
         _require_same_size({key: one.count for key, one in found.items()}, evaluation)
     examples = f"all {total:,} samples" if complete else f"{samples:,} of {total:,} samples"
     return Rerun(found, complete, _FLOAT32, examples)
+
+
+def tracking_arguments(evaluation: Evaluation) -> TrackingArguments:
+    """What the model was trained and evaluated on."""
+    given = take(evaluation.content, ("arguments",), evaluation.file)
+    known = {field.name for field in fields(TrackingArguments)}
+    return TrackingArguments(**{name: value for name, value in given.items() if name in known})
 
 
 def _with_data(arguments: TrackingArguments, request: Request, evaluation: Evaluation) -> TrackingArguments:

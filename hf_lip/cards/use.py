@@ -4,8 +4,38 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..training.sequence_tasks import TrackingArguments
 from .figures import Evaluation
+from .tracking_reruns import tracking_arguments
 
+
+_CODE_OF_TEXTS = """\
+import hf_lip  # registers the model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{where}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+inputs = tokenizer("...", return_tensors="pt")  # a text, to be gone on from
+found = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+_CODE_OF_STEPS = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_lip  # registers the model
+from hf_lip.data import {names}
+
+model = AutoModelForCausalLM.from_pretrained("{where}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+task = {task}
+row = tracking_dataset(task, 1, "test")[0]
+ids = torch.tensor([row["{column}"]])
+found = model({inputs}).logits[0].argmax(-1)
+# after every {step}: what it says, the answer found, the right one
+for said, value, right in zip(row["{column}"][1:-1], found[1:-1].tolist(), row["labels"][2:]):
+    print(tokenizer.decode(said), "|", tokenizer.decode([value]), tokenizer.decode([right]))
+"""
 
 __all__ = ["how_to_use", "intended_use"]
 
@@ -15,13 +45,14 @@ def how_to_use(config: Mapping[str, Any], name: str, evaluations: Sequence[Evalu
     where = name if "/" in name else f"path/to/{name}"
     install = "Needs the package: `pip install hf_lip`."
     if evaluations[0].task == "text-generation":
-        code = (
-            "import hf_lip  # registers the model\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{where}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n'
-        )
-        return f"{install}\n\n```python\n{code}```"
+        arguments = tracking_arguments(evaluations[0]) if evaluations[0].kind == "tracking" else None
+        if arguments is not None and arguments.dense:
+            return f"{install}\n\n```python\n{_code_of_steps(where, arguments)}```"
+        parts = [install, f"```python\n{_CODE_OF_TEXTS.format(where=where)}```"]
+        if "chained_attention" in config.get("layer_types", ()):
+            track = f'hf-lip track {where} "..." --plot why.png'
+            parts.append(f"What in the text an answer was read from, over all hops:\n\n```bash\n{track}\n```")
+        return "\n\n".join(parts)
     smoothed = next((one for one in evaluations if "sigma" in one.figures[0].arguments), None)
     options = ""
     if smoothed is not None:
@@ -63,3 +94,17 @@ def intended_use(config: Mapping[str, Any], evaluations: Sequence[Evaluation], *
     else:
         lines.append("No certificate was evaluated: the accuracy is that of clean images.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _code_of_steps(where: str, arguments: TrackingArguments) -> str:
+    """For models that answer at every token, on a sample of their task."""
+    task = arguments.tasks()[0]
+    names, column, inputs, step = [type(task).__name__, "tracking_dataset"], "input_ids", "input_ids=ids", "move"
+    if not arguments.ordered:
+        # a statement is three words in one token, so it enters as an embedding
+        names.append("embed_statements")
+        column, step = "statement_ids", "statement"
+        inputs = "inputs_embeds=embed_statements(model.get_input_embeddings(), ids)"
+    return _CODE_OF_STEPS.format(
+        where=where, names=", ".join(sorted(names)), task=task, column=column, inputs=inputs, step=step
+    )

@@ -92,6 +92,28 @@ def test_entity_tracking(chains_run, tmp_path):
         check_card(folder, device="cpu")
 
 
+def test_the_code_of_a_card_runs(chains_run, tmp_path, monkeypatch, capsys):
+    folder = copied(chains_run, tmp_path, plot=False)
+    card = (folder / "README.md").read_text()
+    assert "hf-lip card --check .\n" in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert f'"path/to/{folder.name}"' in code
+    capsys.readouterr()
+    exec(code.replace("path/to/", f"{tmp_path}/"), {})
+    lines = capsys.readouterr().out.splitlines()
+    # the first statement of a chain is read from nothing
+    assert "none" in lines[0]
+    assert all(line.count("|") == 1 for line in lines)
+    edit_json(folder / "results.json", lambda content: content["arguments"].update(form="text"))
+    write_card(folder, plot=False, overwrite=True)
+    card = (folder / "README.md").read_text()
+    assert f'hf-lip track path/to/{folder.name} "..."' in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    words = "w0 none 5"
+    exec(code.replace("path/to/", f"{tmp_path}/").replace('"..."', f'"{words}"'), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_entity_tracking_of_files(tmp_path):
     """Two evaluations, whose files are later in another folder."""
     files = tmp_path / "files"
