@@ -165,7 +165,7 @@ def chained_attention(
         key_mask: (B, p + n), 0 or False for padding. Rows that see no key give zeros.
         segment_ids: (B, n) integers: a new packed sequence starts wherever the id changes. Not with a past.
         past_key, past_chained: `key` and `chained` of earlier calls, joined along the tokens, for n further tokens.
-        chunk_size: rows solved at a time; 64 and 128 are fastest.
+        chunk_size: rows solved at a time; 128 is fastest on CPUs.
         backend: `torch`, `triton` (CUDA, or Triton's interpreter), or `auto`: Triton on CUDA where it is installed.
 
     Raises:

@@ -8,7 +8,7 @@ from .chain_tiles import MASKED
 
 
 DIAGONALS = ("strict", "keep")
-CHUNK_SIZE = 64
+CHUNK_SIZE = 128
 
 
 def gamma_range(diagonal: str, normalize: bool) -> tuple[float, float, bool, bool]:

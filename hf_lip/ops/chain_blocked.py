@@ -22,7 +22,12 @@ from .chain_tiles import (
     rectangle_forward,
     solve_lower,
     solve_upper,
+    tile_system,
 )
+
+
+# rows whose diagonal tiles are worked on at once
+TILE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,17 @@ class Layout:
         if self.segments is not None:
             other = self.segments[:, low:high, None] != self.segments[:, None, first:last]
             apart = other.unsqueeze(1) * MASKED
+            mask = apart if mask is None else torch.minimum(mask, apart)
+        return mask
+
+    def tiles(self, low: int, high: int, size: int) -> Tensor | None:
+        """Mask of the diagonal tiles of `size` rows in low:high: (B, 1, tiles, 1 or size, size)."""
+        mask = None
+        if self.bias is not None:
+            mask = self.bias[:, self.past + low : self.past + high].unflatten(1, (-1, 1, size)).unsqueeze(1)
+        if self.segments is not None:
+            numbers = self.segments[:, low:high].unflatten(1, (-1, size))
+            apart = (numbers.unsqueeze(-1) != numbers.unsqueeze(-2)).unsqueeze(1) * MASKED
             mask = apart if mask is None else torch.minimum(mask, apart)
         return mask
 
@@ -105,21 +121,76 @@ def _schedule(length: int, block: int, segments: Tensor | None):
     return row_schedule(length, block, [start // block * block for start in starts.tolist()])
 
 
-def _tile_scores(
-    query: Tensor, key: Tensor, scaling: float, causal: Tensor, layout: Layout, low: int, high: int
-) -> Tensor:
-    """Scores of a diagonal tile, -inf above the diagonal: (B H, b, b)."""
-    size = high - low
-    scores = torch.baddbmm(causal[:size, :size], query[:, low:high], key[:, low:high].mT, alpha=scaling)
-    mask = layout.rectangle(low, high, low, high)
-    if mask is not None:
-        batch = mask.shape[0]
-        scores.view(batch, -1, size, size).add_(mask)
-    return scores
+def _tile_runs(length: int, block: int) -> list[tuple[int, int, int]]:
+    """Diagonal tiles that are worked on at once: (low, high, rows of a tile), the shorter last tile by itself."""
+    whole = length // block * block
+    step = max(TILE_ROWS // block, 1) * block
+    runs = [(low, min(low + step, whole), block) for low in range(0, whole, step)]
+    return runs if whole == length else [*runs, (whole, length, length - whole)]
 
 
-def _causal(block: int, like: Tensor) -> Tensor:
-    return torch.full((block, block), -math.inf, dtype=like.dtype, device=like.device).triu_(1)
+def _tile_weights(query: Tensor, key: Tensor, scaling: float, layout: Layout, block: int) -> tuple[Tensor, Tensor]:
+    """Softmax inside the diagonal tiles, each row over the columns of its tile: (B H, n, block), and the
+    log-sum-exp of the scores (B H, n)."""
+    flat, length, _ = query.shape
+    weights, log_sum = query.new_empty(flat, length, block), query.new_empty(flat, length)
+    causal = torch.full((block, block), -math.inf, dtype=query.dtype, device=query.device).triu_(1)
+    for low, high, size in _tile_runs(length, block):
+        rows, columns = _as_tiles(query, low, high, size), _as_tiles(key, low, high, size)
+        scores = torch.baddbmm(causal[:size, :size], rows, columns.mT, alpha=scaling)
+        mask = layout.tiles(low, high, size)
+        if mask is not None:
+            scores.view(mask.shape[0], -1, mask.shape[2], size, size).add_(mask)
+        top = scores.amax(-1, keepdim=True)
+        total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+        torch.div(_as_rows(scores, flat), _as_rows(total, flat), out=weights[:, low:high, :size])
+        log_sum[:, low:high] = total.log_().add_(top).view(flat, -1)
+    return weights, log_sum
+
+
+def _add_tile_gradients(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    query: Tensor,
+    key: Tensor,
+    chained: Tensor,
+    handed: Tensor,
+    seen: Tensor,
+    skipped: Tensor | None,
+    tiles: Tensor,
+    scaling: float,
+) -> None:
+    """Add what the diagonal tiles give to the gradients of query and key; all are (B H, n, .).
+
+    Args:
+        skipped: (B H, n), what the gradient of a row's weight on itself has less than others; None for nothing.
+    """
+    flat, length, _ = query.shape
+    delta = torch.linalg.vecdot(handed, seen).unsqueeze(-1)
+    for low, high, size in _tile_runs(length, tiles.shape[-1]):
+        grad_scores = torch.bmm(_as_tiles(handed, low, high, size), _as_tiles(chained, low, high, size).mT)
+        if skipped is not None:
+            grad_scores.diagonal(dim1=-2, dim2=-1).sub_(skipped[:, low:high].reshape(-1, size))
+        grad_scores.sub_(_as_tiles(delta, low, high, size))
+        rows = _as_rows(grad_scores, flat)
+        rows.mul_(tiles[:, low:high, :size]).mul_(scaling)
+        grad_query[:, low:high] += _as_rows(grad_scores @ _as_tiles(key, low, high, size), flat)
+        grad_key[:, low:high] += _as_rows(grad_scores.mT @ _as_tiles(query, low, high, size), flat)
+
+
+def _own_weights(tiles: Tensor) -> Tensor:
+    """The weight of every row on itself (B H, n), from the diagonal tiles (B H, n, block)."""
+    row = torch.arange(tiles.shape[1], device=tiles.device)
+    return tiles[:, row, row % tiles.shape[2]]
+
+
+def _as_tiles(tensor: Tensor, low: int, high: int, size: int) -> Tensor:
+    """Rows low:high of (B H, n, D) as (B H tiles, size, D)."""
+    return tensor[:, low:high].reshape(-1, size, tensor.shape[-1])
+
+
+def _as_rows(tiles: Tensor, flat: int) -> Tensor:
+    return tiles.view(flat, -1, tiles.shape[-1])
 
 
 def blocked_forward(
@@ -152,13 +223,12 @@ def blocked_forward(
     batch, heads, length, _ = query.shape
     output, chained = torch.empty_like(value), torch.empty_like(value)
     log_sum = query.new_empty(batch, heads, length)
-    tiles = query.new_empty(batch * heads, length, min(block, length))
     flat_query, flat_key, flat_value, flat_output, flat_chained = (
         tensor.flatten(0, 1) for tensor in (query, key, value, output, chained)
     )
     flat_sum = log_sum.flatten(0, 1)
     factor = gamma.repeat(batch)[:, None, None]
-    causal = _causal(min(block, length), query)
+    tiles, tile_sum = _tile_weights(flat_query, flat_key, scaling, layout, min(block, length))
     has_past = past_key is not None
     if past_key is not None and past_chained is not None:
         past_output, past_sum = rectangle_forward(query, past_key, past_chained, scaling, layout.past_mask())
@@ -181,24 +251,23 @@ def blocked_forward(
             else:
                 merge_(output[rows], log_sum[rows], part, part_sum)
             continue
-        scores = _tile_scores(flat_query, flat_key, scaling, causal, layout, low, high)
-        top = scores.amax(-1)
-        weights = scores.sub_(top.unsqueeze(-1)).exp_()
-        total = weights.sum(-1).log_().add_(top)
+        tile, total = tiles[:, low:high, : high - low], tile_sum[:, low:high]
         past, row_sum = flat_output[:, low:high], flat_sum[:, low:high]
+        if not fresh:
+            total = torch.logaddexp(total, row_sum)
+        if layout.bias is not None:
+            total = total.masked_fill(total < NOTHING_SEEN, math.inf)
+        tile.mul_((tile_sum[:, low:high] - total).exp_().unsqueeze(-1))
         if fresh:
             past.zero_()
         else:
-            total = torch.logaddexp(total, row_sum)
-        if layout.bias is not None:
-            total.masked_fill_(total < NOTHING_SEEN, math.inf)
-        if not fresh:
             past.mul_(row_sum.sub(total).exp_().unsqueeze(-1))
         row_sum.copy_(total)
-        tile = torch.mul(weights, top.sub_(total).exp_().unsqueeze(-1), out=tiles[:, low:high, : high - low])
-        solved = solve_lower(tile * factor, torch.addcmul(flat_value[:, low:high], past, factor), strict)
-        flat_chained[:, low:high] = solved
-        past.baddbmm_(tile, solved)
+        right = torch.addcmul(flat_value[:, low:high], past, factor)
+        solved = flat_chained[:, low:high]
+        solve_lower(tile_system(tile, factor, strict), right, strict, out=solved)
+        # in place on a slice, the product would be done one head at a time
+        past.copy_(torch.baddbmm(past, tile, solved))
     return output, chained, log_sum, tiles
 
 
@@ -242,7 +311,9 @@ def blocked_backward(
     handed = torch.empty_like(chained)
     # the output as the softmax backward needs it: <handed, seen> is the row sum of A * dA
     seen = torch.empty_like(output) if strict else output
-    diagonal = log_sum.new_empty(batch * heads, length)
+    # <U_t, Z_t> and the weight a_tt of every row on itself, which the strict solve leaves out
+    own = log_sum.new_empty(batch * heads, length) if strict else None
+    on_itself = _own_weights(tiles) if strict else None
     flat = tuple(tensor.flatten(0, 1) for tensor in (grad, query, key, chained, output, handed, seen))
     flat_grad, flat_query, flat_key, flat_chained, flat_output, flat_handed, flat_seen = flat
     flat_grad_query, flat_grad_key, flat_grad_value = (
@@ -274,24 +345,28 @@ def blocked_backward(
             continue
         tile = tiles[:, low:high, : high - low]
         values, row_grad = flat_chained[:, low:high], flat_grad[:, low:high]
-        right = flat_grad_value[:, low:high].baddbmm_(tile.mT, row_grad)
-        solved = solve_upper(tile * factor, right, strict)
-        flat_grad_value[:, low:high] = solved
+        right = torch.baddbmm(flat_grad_value[:, low:high], tile.mT, row_grad)
+        solved = flat_grad_value[:, low:high]
+        solve_upper(tile_system(tile, factor, strict), right, strict, out=solved)
         row_handed = torch.addcmul(row_grad, solved, factor, out=flat_handed[:, low:high])
-        delta = torch.linalg.vecdot(row_handed, flat_output[:, low:high])
-        grad_scores = torch.bmm(row_handed, values.mT)
-        if strict:
-            # A_tt was not in the solve: its gradient is <G_t, Z_t>, without gamma U_t
-            own = torch.linalg.vecdot(solved, values)
-            grad_scores.diagonal(dim1=-2, dim2=-1).sub_(own * flat_factor)
-            own.mul_(tile.diagonal(dim1=-2, dim2=-1))
-            diagonal[:, low:high] = own
-            own.mul_(flat_factor)
-            delta.sub_(own)
-            _shifted_output(row_handed, flat_output[:, low:high], own, flat_seen[:, low:high])
-        grad_scores.sub_(delta.unsqueeze(-1)).mul_(tile).mul_(scaling)
-        flat_grad_query[:, low:high].baddbmm_(grad_scores, flat_key[:, low:high])
-        flat_grad_key[:, low:high].baddbmm_(grad_scores.mT, flat_query[:, low:high])
+        if own is not None and on_itself is not None:
+            row_own = torch.linalg.vecdot(solved, values)
+            own[:, low:high] = row_own
+            row_own.mul_(on_itself[:, low:high]).mul_(flat_factor)
+            _shifted_output(row_handed, flat_output[:, low:high], row_own, flat_seen[:, low:high])
+    skipped = None if own is None else own * flat_factor
+    _add_tile_gradients(
+        flat_grad_query,
+        flat_grad_key,
+        flat_query,
+        flat_key,
+        flat_chained,
+        flat_handed,
+        flat_seen,
+        skipped,
+        tiles,
+        scaling,
+    )
     grad_past_key = grad_past_chained = None
     if past_key is not None and past_chained is not None:
         part, grad_past_key, grad_past_chained = rectangle_backward(
@@ -299,9 +374,9 @@ def blocked_backward(
         )
         grad_query += part
     grad_gamma = torch.linalg.vecdot(grad_value, output).sum((0, 2))
-    if strict:
-        # a_t <U_t, Z_t>: what <U, O> counts of the diagonal, which the solve left out
-        grad_gamma -= diagonal.view(batch, heads, length).sum((0, 2))
+    if own is not None and on_itself is not None:
+        # what <U, O> counts of the diagonal
+        grad_gamma -= torch.linalg.vecdot(own, on_itself).view(batch, heads).sum(0)
     return grad_query, grad_key, grad_value, grad_gamma, grad_past_key, grad_past_chained
 
 

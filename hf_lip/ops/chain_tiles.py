@@ -113,48 +113,48 @@ def merge_(output: Tensor, log_sum: Tensor, other: Tensor, other_sum: Tensor) ->
     torch.logaddexp(log_sum, other_sum, out=log_sum)
 
 
-def solve_lower(scaled: Tensor, rhs: Tensor, unit: bool) -> Tensor:
-    """X with (D - strict lower part of `scaled`) X = rhs, for batches (N, b, b) and (N, b, D).
+def tile_system(tile: Tensor, factor: Tensor, unit: bool) -> Tensor:
+    """I - factor * tile as the solves take it: its diagonal is left as it is where they read it as 1 (`unit`)."""
+    system = tile * -factor
+    if not unit:
+        system.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return system
+
+
+def solve_lower(system: Tensor, rhs: Tensor, unit: bool, out: Tensor) -> None:
+    """Write X with (lower part of `system`) X = rhs to `out`, for batches (N, b, b) and (N, b, D).
 
     Args:
-        scaled: gamma times the weights of a tile, zero above the diagonal.
-        rhs: overwritten.
-        unit: the diagonal D is 1 (strict); else it is 1 - diag(scaled) (keep).
+        system: of `tile_system`.
+        unit: take the diagonal for 1 (strict).
     """
     size = rhs.shape[1]
     if size <= SOLVE_SIZE:
         # X^T M^T = rhs^T from the right: in this order LAPACK takes row-major memory as it is
-        return torch.linalg.solve_triangular(
-            _system(scaled, unit).mT, rhs.mT, upper=True, left=False, unitriangular=unit
-        ).mT
+        out.copy_(torch.linalg.solve_triangular(system.mT, rhs.mT, upper=True, left=False, unitriangular=unit).mT)
+        return
     half = _half(size)
-    top = solve_lower(scaled[:, :half, :half], rhs[:, :half], unit)
-    rest = torch.baddbmm(rhs[:, half:], scaled[:, half:, :half], top)
-    return torch.cat([top, solve_lower(scaled[:, half:, half:], rest, unit)], 1)
+    top, bottom = out[:, :half], out[:, half:]
+    solve_lower(system[:, :half, :half], rhs[:, :half], unit, top)
+    rest = torch.baddbmm(rhs[:, half:], system[:, half:, :half], top, alpha=-1)
+    solve_lower(system[:, half:, half:], rest, unit, bottom)
 
 
-def solve_upper(scaled: Tensor, rhs: Tensor, unit: bool) -> Tensor:
+def solve_upper(system: Tensor, rhs: Tensor, unit: bool, out: Tensor) -> None:
     """As `solve_lower` with the transposed system."""
     size = rhs.shape[1]
     if size <= SOLVE_SIZE:
-        return torch.linalg.solve_triangular(
-            _system(scaled, unit), rhs.mT, upper=False, left=False, unitriangular=unit
-        ).mT
+        out.copy_(torch.linalg.solve_triangular(system, rhs.mT, upper=False, left=False, unitriangular=unit).mT)
+        return
     half = _half(size)
-    bottom = solve_upper(scaled[:, half:, half:], rhs[:, half:], unit)
-    rest = torch.baddbmm(rhs[:, :half], scaled[:, half:, :half].mT, bottom)
-    return torch.cat([solve_upper(scaled[:, :half, :half], rest, unit), bottom], 1)
+    top, bottom = out[:, :half], out[:, half:]
+    solve_upper(system[:, half:, half:], rhs[:, half:], unit, bottom)
+    rest = torch.baddbmm(rhs[:, :half], system[:, half:, :half].mT, bottom, alpha=-1)
+    solve_upper(system[:, :half, :half], rest, unit, top)
 
 
 def _half(size: int) -> int:
     return SOLVE_SIZE * ((size + 2 * SOLVE_SIZE - 1) // (2 * SOLVE_SIZE))
-
-
-def _system(scaled: Tensor, unit: bool) -> Tensor:
-    system = scaled.neg()
-    if not unit:
-        system.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    return system
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, columns: slice) -> Tensor:

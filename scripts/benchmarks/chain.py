@@ -42,7 +42,7 @@ class ChainArguments:
     head_dim: int = field(default=64, metadata={"help": "Features of a head."})
     gamma: float = field(default=0.9, metadata={"help": "Discount."})
     diagonal: Literal["strict", "keep"] = field(default="strict", metadata={"help": "Variant."})
-    chunk_size: int = field(default=64, metadata={"help": "Rows solved at a time."})
+    chunk_size: int = field(default=128, metadata={"help": "Rows solved at a time."})
     longest_naive: int = field(default=4096, metadata={"help": "Tokens up to which the plain solve is run."})
     rounds: int = field(default=5, metadata={"help": "Rounds; the best one counts."})
     seconds: float = field(default=0.3, metadata={"help": "Least time of a round, by repeating the call."})

@@ -53,7 +53,7 @@ class ChacalConfig(InstalledSettings, PreTrainedConfig):
             of multiplying by 1 - gamma. With `keep` the two are the same.
         layer_types (`list[str]`, *optional*): `chained_attention` or `full_attention` for each layer; `None` chains
             all of them.
-        chunk_size (`int`, *optional*, defaults to 64): rows solved at a time; changes the speed only.
+        chunk_size (`int`, *optional*, defaults to 128): rows solved at a time; changes the speed only.
     """
 
     model_type = "chacal"
@@ -86,7 +86,7 @@ class ChacalConfig(InstalledSettings, PreTrainedConfig):
     diagonal: str = "strict"
     normalize: bool = False
     layer_types: list[str] | tuple[str, ...] | None = None
-    chunk_size: int = 64
+    chunk_size: int = 128
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
