@@ -9,11 +9,12 @@ Chains of up to 63 state changes, one token a statement, one chained layer; eval
         --num_hidden_layers 6 --attention softmax --output_dir runs/chains-softmax-6 --cpu
 
 Boxes from files, an ordinary layer and a chained one; all questions of a text share one pass over it. Training begins
-with the smallest worlds inside those of the files and exchanges the names of their objects:
+with the smallest worlds inside those of the files, goes on to larger ones as they are learnt, and exchanges the names
+of their objects:
 
     python scripts/train_entity_tracking.py --task boxes --boxes_train boxes/train-t5.jsonl.gz \
         --boxes_eval boxes/dev-t5.jsonl.gz boxes/test-t5.jsonl.gz --rename_objects --curriculum grow \
-        --curriculum_share 0.7 --changed_weight 3 --answer_order text --questions_per_text 12 \
+        --curriculum_loss 0.15 --curriculum_share 0.7 --changed_weight 3 --answer_order text --questions_per_text 12 \
         --layer_types full chained --gamma 0.9 --diagonal keep --hidden_size 128 --num_attention_heads 8 \
         --intermediate_size 256 --initializer_range 0.1 --tie_word_embeddings --learning_rate 0.001 \
         --lr_schedule stable_decay --adam_betas 0.9 0.99 --train_batch_size 16 --max_steps 8000 \
@@ -72,6 +73,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         task, model, args = parser.parse_args_into_dataclasses(argv)
         if task.generated and args.num_train_epochs is not None:
             raise ValueError("--num_train_epochs needs data that end: give --max_steps for generated samples.")
+        if task.curriculum_loss is not None and args.num_workers:
+            raise ValueError("--num_workers makes batches ahead, and --curriculum_loss decides them late: give 0.")
         check_run(args)
         if args.push_to_hub:
             require_pushable(repository(args), args.hub_token)
@@ -159,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         num_micro_batches=args.gradient_accumulation_steps,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        pace=task.pace(),
     )
 
     def measure_accuracy() -> tuple[dict[str, Any], str]:

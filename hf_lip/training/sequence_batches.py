@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.tracking_tokenizer import IGNORED, PAD_ID
+from .sequence_pace import Pace
 from .sequence_questions import Batch, SharedText, encode_texts, packed_batch, row_batch
 from .sequence_tasks import TrackingArguments, sample_rows
 
@@ -28,7 +29,7 @@ class Samples(Protocol):
         """The samples at some places, 0 to batch_size - 1, of the batch of a step.
 
         Args:
-            progress: share of training done after the step.
+            progress: share of training done after the step, or for a curriculum as far as if it were.
         """
 
     def length(self, sample: Any) -> int:
@@ -45,6 +46,8 @@ class StepBatches(Dataset):
         samples: what to train on.
         num_steps: of the run.
         batch_size: samples of a step, over all processes and micro-batches.
+        pace: of a curriculum that depends on what was learnt. It knows nothing of steps to come, so batches have to
+            be made when they are asked for, without workers.
     """
 
     def __init__(
@@ -56,8 +59,9 @@ class StepBatches(Dataset):
         num_micro_batches: int = 1,
         process_index: int = 0,
         num_processes: int = 1,
+        pace: Pace | None = None,
     ) -> None:
-        self.samples, self.num_steps, self.batch_size = samples, num_steps, batch_size
+        self.samples, self.num_steps, self.batch_size, self.pace = samples, num_steps, batch_size, pace
         self.num_micro_batches, self.process_index, self.num_processes = (
             num_micro_batches,
             process_index,
@@ -77,7 +81,8 @@ class StepBatches(Dataset):
 
     def __getitem__(self, step: int) -> list[Batch]:
         places = range(self.process_index, self.batch_size, self.num_processes)
-        drawn = self.samples.draw(step, (step + 1) / self.num_steps, places)
+        progress = (step + 1) / self.num_steps
+        drawn = self.samples.draw(step, progress if self.pace is None else self.pace.progress(progress), places)
         drawn.sort(key=self.samples.length)
         count = len(drawn) // self.num_micro_batches
         return [self.samples.collate(drawn[first : first + count]) for first in range(0, len(drawn), count)]

@@ -98,6 +98,7 @@ class StreamBlocks:
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
+        self.pace = None
         self.dataset, self.column, self.tokenizer, self.block_size = dataset, column, tokenizer, block_size
         self.num_steps, self.batch_size, self.num_micro_batches = num_steps, batch_size, num_micro_batches
         self.process_index, self.num_processes = process_index, num_processes

@@ -39,6 +39,8 @@ class SequenceRunState:
     tokens: int = 0
     # of a stream, after the last step
     position: dict[str, int] | None = None
+    # of a curriculum that depends on what was learnt
+    pace: dict[str, Any] | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)

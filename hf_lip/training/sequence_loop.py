@@ -20,6 +20,7 @@ from .schedules import constant, cosine, linear, stable_decay, with_warmup
 from .sequence_arguments import SequenceTrainingArguments
 from .sequence_checkpoints import SequenceRunState, save_sequence_checkpoint
 from .sequence_objective import next_tokens
+from .sequence_pace import Pace
 from .sequence_questions import Batch
 
 
@@ -36,7 +37,9 @@ __all__ = ["TrainingBatches", "make_adamw", "train_sequence_model"]
 
 
 class TrainingBatches(Protocol):
-    """What a run trains on."""
+    """What a run trains on; `pace` is told the loss of every step, if it is not None."""
+
+    pace: Pace | None
 
     def __len__(self) -> int:
         """Steps of the run."""
@@ -150,6 +153,7 @@ def train_sequence_model(
         before_step(state.step)
         # what dropout draws depends on the seed, the step and the process alone
         torch.manual_seed((args.seed * 1_000_003 + state.step) * 1009 + accelerator.process_index)
+        step_loss = torch.zeros_like(loss_sum)
         try:
             for place, part in enumerate(parts):
                 last = place == len(parts) - 1
@@ -157,14 +161,18 @@ def train_sequence_model(
                     loss = objective(part, num_labels)
                     # gradients are averaged over the processes: their sum is wanted
                     accelerator.backward(loss * processes)
-                loss_sum += loss.detach()
+                step_loss += loss.detach()
         except (ValueError, torch.linalg.LinAlgError) as error:
             if finite():
                 raise
             raise RuntimeError(DIVERGED.format(state.step)) from error
+        loss_sum += step_loss
         state.step += 1
         state.loss_steps += 1
         state.tokens += int(num_labels)
+        if batches.pace is not None:
+            batches.pace.after_step(state.step, num_steps, accelerator.reduce(step_loss, reduction="sum").item())
+            state.pace = batches.pace.state()
         logs = state.step % args.logging_steps == 0
         if logs or args.max_grad_norm > 0:
             grad_norm = accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm or math.inf)

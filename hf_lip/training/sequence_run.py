@@ -112,6 +112,8 @@ class SequenceRun:
         if args.resume_from_checkpoint:
             folder = find_checkpoint(output_dir, args.resume_from_checkpoint)
             self.state = load_sequence_checkpoint(folder, identity, accelerator, model, optimizer)
+            if batches.pace is not None and self.state.pace is not None:
+                batches.pace.restore(self.state.pace)
             accelerator.print(f"Resumed after step {self.state.step}.")
             if self.state.step:
                 before_step(self.state.step - 1)
@@ -165,6 +167,8 @@ class SequenceRun:
             "gamma": gamma,
             "steps": state.step,
             "stopped_early": state.step < num_steps,
+            # the steps after which a curriculum went on to each larger size
+            "curriculum_steps": None if state.pace is None else state.pace["entered"],
             "train_samples_seen": state.step * self.args.train_batch_size,
             "train_tokens_seen": state.tokens,
             "seconds": round(state.seconds, 3),

@@ -12,6 +12,7 @@ from ..data.box_samples import as_last_named
 from ..data.generation import SPLITS, TrackingTask, split_of
 from .arguments import option, require
 from .sequence_arguments import named_values
+from .sequence_pace import Pace
 
 
 GENERATED = ("chains", "random_chains", "permutations", "boxes")
@@ -58,6 +59,11 @@ class TrackingArguments:
     curriculum_share: float = option(0.6, "grow: share of training after which all lengths are drawn.")
     curriculum_power: float = option(
         1.0, "grow: the largest number grows as this power of the time; above 1 it stays longer with the shortest."
+    )
+    curriculum_loss: float | None = option(
+        None,
+        "grow: go on early, as soon as the mean loss of recent steps (nats a token) is below this. 0.15 is a good "
+        "value for boxes with --answer_order text.",
     )
     constant_length: bool = option(
         False, "chains with a curriculum: as many entities as give every sample about the same number of statements."
@@ -140,7 +146,7 @@ class TrackingArguments:
         for name in sorted(set().union(*of_task.values()) - own):
             if getattr(self, name) not in (None, False):
                 raise ValueError(f"--{name} is no option of --task {self.task}.")
-        require(self, "eval_samples curriculum_share curriculum_power changed_weight", "> 0")
+        require(self, "eval_samples curriculum_share curriculum_power curriculum_loss changed_weight", "> 0")
         require(self, "questions_per_text split_seed eval_seed", ">= 0")
         known = {"none": TASKS, "grow": ("chains", "permutations", "boxes"), "log": ("chains", "permutations")}
         if self.task not in known[self.curriculum]:
@@ -153,6 +159,8 @@ class TrackingArguments:
             }
             for name in (name for name, given in chosen.items() if given):
                 raise ValueError(f"--{name} makes new texts: leave out --questions_per_text 0, which asks the files'.")
+        if self.curriculum_loss is not None and self.curriculum != "grow":
+            raise ValueError("--curriculum_loss needs --curriculum grow.")
         if self.curriculum_share > 1:
             raise ValueError(f"--curriculum_share must be at most 1, got {self.curriculum_share}.")
         if self.constant_length and self.curriculum != "log":
@@ -275,6 +283,12 @@ class TrackingArguments:
     def size_with(num_boxes: int, num_operations: int) -> tuple[int, int]:
         """How many boxes a curriculum lets a world of so many operations have, and the operations."""
         return min(num_boxes, 2 + max(num_operations - 1, 0) // 2), num_operations
+
+    def pace(self) -> Pace | None:
+        """The pace of a curriculum that depends on what was learnt, None for others."""
+        if self.curriculum_loss is None:
+            return None
+        return Pace(self.curriculum_loss, self.curriculum_share, self.curriculum_power)
 
     def reached(self, low: int, high: int, progress: float) -> int:
         """The largest number of changes that `--curriculum grow` asks for at some share of training."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from hf_lip.checkpoints.stored_weights import stored_weights_sha256
 from hf_lip.data import BoxesTask, ChainsTask, TrackingCollator, embed_statements, tracking_dataset, tracking_tokenizer
 from hf_lip.tracking_metrics import exact_match_by_depth, predicted_tokens
+from hf_lip.training import sequence_pace
 from hf_lip.training.run_folder import list_checkpoints, unfinished_folder
 
 from ..hub_endpoint import HubEndpoint, connect
@@ -33,6 +34,9 @@ BOXES = [
     *("--layer_types", "full", "chained", "--train_batch_size", 4, "--questions_per_text", 3, "--eval_samples", 4),
     *("--max_steps", 6, "--warmup_steps", 2),
 ]
+# every stage is learnt at once, long before its time
+LEARNING = [*SHORT, "--curriculum", "grow", "--curriculum_loss", 100]
+LEARNING += ["--curriculum_share", 1.0, "--curriculum_power", 10]
 
 
 @pytest.fixture
@@ -232,13 +236,16 @@ class TestWhatARunWrites:
 
 
 class TestResume:
-    @pytest.mark.parametrize("base", [SHORT, BOXES], ids=["chains", "boxes"])
-    def test_from_any_checkpoint_the_weights_are_the_same(self, run, tmp_path, base):
+    @pytest.mark.parametrize("base", [SHORT, BOXES, LEARNING], ids=["chains", "boxes", "pace"])
+    def test_from_any_checkpoint_the_weights_are_the_same(self, run, tmp_path, monkeypatch, base):
+        monkeypatch.setattr(sequence_pace, "LEAST_STEPS", 2)
         words = ("--checkpointing_steps", 2, "--eval_steps", 3, "--checkpoints_total_limit", 9)
         words = (*words, "--config_overrides", "residual_dropout=0.1", "--gradient_accumulation_steps", 2)
         words = (*words, "--tie_word_embeddings", "--gamma_learnable")
         expected = run("whole", *words, base=base)
         steps = expected["steps"]
+        learnt = expected["curriculum_steps"]
+        assert (learnt is None) if base is not LEARNING else (learnt[:5] == [2, 4, 6, 8, 10])
         for step in (2, steps - 2):
             copy = tmp_path / f"from-{step}"
             shutil.copytree(tmp_path / "whole", copy)
@@ -252,6 +259,7 @@ class TestResume:
             results = run(f"from-{step}", *words, "--resume_from_checkpoint", "latest", base=base)
             assert weights(copy) == weights(tmp_path / "whole")
             assert results["evaluations"] == expected["evaluations"]
+            assert results["curriculum_steps"] == expected["curriculum_steps"]
             for before, after in zip(expected["history"], results["history"], strict=True):
                 assert {**before, "seconds": 0} == {**after, "seconds": 0}
             assert not unfinished_folder(copy, step + 2).exists()
@@ -334,6 +342,10 @@ class TestBadInput:
             (["--num_state_changes", 5, 1], "--num_state_changes must be"),
             (["--num_train_epochs", 2, "--max_steps", 3], "exclude each other"),
             (["--resume_from_checkpoint", "latest"], "no whole checkpoint"),
+            (
+                ["--curriculum", "grow", "--curriculum_loss", 1, "--num_workers", 1],
+                "--num_workers makes batches ahead",
+            ),
             (["--report_to", "wandb"], "needs a package: pip install wandb"),
             (["--layer_types", "wide"], "--layer_types must be words of"),
             (["--no_such_argument", 1], "no_such_argument"),

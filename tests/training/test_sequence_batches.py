@@ -184,6 +184,8 @@ class TestArguments:
             ({"curriculum": "log", "task": "boxes"}, "--curriculum log is no option of --task boxes"),
             ({"task": "boxes", "rename_objects": True}, "--rename_objects is for worlds of files"),
             ({"curriculum": "grow", "curriculum_power": 0.0}, "--curriculum_power must be > 0"),
+            ({"curriculum": "log", "curriculum_loss": 0.1}, "--curriculum_loss needs --curriculum grow"),
+            ({"curriculum": "grow", "curriculum_loss": 0.0}, "--curriculum_loss must be > 0"),
             ({"constant_length": True}, "needs --curriculum log"),
             ({"curriculum": "grow", "curriculum_share": 2.0}, "at most 1"),
             ({"task": "boxes", "boxes_operations": ["fly=1"]}, "`operations` must be weights"),
