@@ -54,15 +54,15 @@ def how_to_use(config: Mapping[str, Any], name: str, evaluations: Sequence[Evalu
             parts.append(f"What in the text an answer was read from, over all hops:\n\n```bash\n{track}\n```")
         return "\n\n".join(parts)
     smoothed = next((one for one in evaluations if "sigma" in one.figures[0].arguments), None)
-    options = ""
+    given = f'"certify", model="{where}"'
     if smoothed is not None:
         how = smoothed.figures[0].arguments
-        options = f', method="{how["method"]}", sigma={how["sigma"]:g}, n0={how["n0"]}, n={how["n"]}'
-        options += f", alpha={how['alpha']:g}"
+        numbers = f"sigma={how['sigma']:g}, n0={how['n0']}, n={how['n']}, alpha={how['alpha']:g}"
+        given = f'\n    {given},\n    method="{how["method"]}", {numbers},\n'
     code = (
         "import hf_lip  # registers the model and the task\n"
         "from transformers import pipeline\n\n"
-        f'certify = pipeline("certify", model="{where}"{options})\n'
+        f"certify = pipeline({given})\n"
         'certify("image.png")  # {"label": ..., "radius": ..., "radius_unit": "l2, pixels in [0, 1]", ...}\n'
     )
     return f"{install}\n\n```python\n{code}```"
@@ -105,6 +105,7 @@ def _code_of_steps(where: str, arguments: TrackingArguments) -> str:
         names.append("embed_statements")
         column, step = "statement_ids", "statement"
         inputs = "inputs_embeds=embed_statements(model.get_input_embeddings(), ids)"
+    made = str(task).replace("'", '"')
     return _CODE_OF_STEPS.format(
-        where=where, names=", ".join(sorted(names)), task=task, column=column, inputs=inputs, step=step
+        where=where, names=", ".join(sorted(names)), task=made, column=column, inputs=inputs, step=step
     )
