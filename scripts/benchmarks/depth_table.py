@@ -5,17 +5,18 @@ Train the models, then evaluate them all on chains of one length, so that every 
 
     for seed in 0 1 2; do
         python scripts/train_entity_tracking.py $RECIPE --seed $seed --layer_types chained --gamma 0.99 \
-            --diagonal keep --output_dir runs/chained-1-seed$seed
+            --diagonal keep --learning_rate 0.004 --output_dir runs/chained-1-seed$seed
         for layers in 1 2 3 4 5 6; do
             python scripts/train_entity_tracking.py $RECIPE --seed $seed --attention softmax \
-                --num_hidden_layers $layers --output_dir runs/softmax-$layers-seed$seed
+                --num_hidden_layers $layers --learning_rate 0.001 --output_dir runs/softmax-$layers-seed$seed
         done
     done
     python scripts/benchmarks/depth_table.py --runs runs/* --num_state_changes 126 --trained 63 --out depth
 
 with RECIPE="--task chains --num_state_changes 1 63 --eval_num_state_changes 64 126 --curriculum log --hidden_size 128
---num_attention_heads 1 --intermediate_size 512 --initializer_range 0.1 --learning_rate 0.001 --train_batch_size 32
---max_steps 3000 --eval_samples 256 --cpu". Runs with the same layers are seeds of one model. Written to --out:
+--num_attention_heads 1 --intermediate_size 512 --initializer_range 0.1 --train_batch_size 32 --max_steps 3000
+--eval_samples 256 --cpu". Each kind has the better of these two rates: at 0.004 softmax stacks do not learn even one
+change, at 0.001 the chained layer is less exact. Runs with the same layers are seeds of one model. Written to --out:
 results.json and depth.png; vertical lines stand where ceil(log2(n + 1)), the layers of Theorem 1, grows by one.
 """
 
