@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of Boxes: what the boxes contain at first and what is done to them, and the smaller worlds inside them."""
+"""Samples of Boxes: what the boxes contain at first and what is done to them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ __all__ = [
     "as_last_named",
     "boxes_row",
     "object_names",
-    "part_of_sample",
     "renamed_sample",
     "rows_of_sample",
 ]
@@ -79,34 +78,6 @@ def rows_of_sample(
         for box in range(len(sample.contents)):
             if (step, box) in questions:
                 yield boxes_row(world, box, sample_id)
-
-
-def part_of_sample(sample: BoxesSample, boxes: Sequence[int], num_operations: int, start: int = 0) -> BoxesSample:
-    """The world of some of the boxes, numbered anew in their order, as it is after `start` operations of the sample,
-    and the next operations on it.
-
-    For someone who sees these boxes only, what comes from another box is put and what goes to one is removed.
-    Operations on other boxes are left out.
-    """
-    world = BoxWorld(sample.contents)
-    for operation in sample.operations[:start]:
-        world.apply(operation)
-    contents = tuple(tuple(world.contents(box)) for box in boxes)
-    places: dict[int | None, int] = {box: place for place, box in enumerate(boxes)}
-    told: list[Operation] = []
-    for operation in sample.operations[start:]:
-        if len(told) == num_operations:
-            break
-        given = operation.kind != "contents"
-        names = operation.objects if given else tuple(world.contents(operation.source))  # type: ignore[arg-type]
-        world.apply(operation)
-        # no box, which is None, is not among them
-        source, target = places.get(operation.source), places.get(operation.target)
-        if source is not None and target is not None:
-            told.append(replace(operation, source=source, target=target))
-        elif source is not None or target is not None:
-            told.append(Operation("put" if source is None else "remove", names, source, target))
-    return BoxesSample(contents, tuple(told))
 
 
 def renamed_sample(sample: BoxesSample, names: Mapping[str, str]) -> BoxesSample:

@@ -269,20 +269,22 @@ class TrackingArguments:
             changed = replace(changed, num_entities=max(2, (changed.num_entities * (high + 1)) // (count + 1)))
         return changed
 
-    def world_size(self, num_boxes: int, num_operations: int, progress: float) -> tuple[int, int]:
-        """Boxes and operations of the largest worlds of training at some share of it.
+    def grown(self, progress: float) -> float:
+        """How far a curriculum is at some share of training, in [0, 1]."""
+        if self.curriculum == "none":
+            return 1.0
+        return min(progress / self.curriculum_share, 1.0) ** self.curriculum_power
+
+    @staticmethod
+    def world_size(num_boxes: int, num_operations: int, grown: float) -> tuple[int, int]:
+        """Boxes and operations of the largest worlds of training, `grown` in [0, 1] as far as a curriculum is.
 
         The operations grow geometrically: the first few take a model as long to learn as all others together.
         """
-        if self.curriculum == "none" or progress >= self.curriculum_share:
+        if grown >= 1.0:
             return num_boxes, num_operations
-        exponent = (progress / self.curriculum_share) ** self.curriculum_power
-        return self.size_with(num_boxes, round((num_operations + 1) ** exponent) - 1)
-
-    @staticmethod
-    def size_with(num_boxes: int, num_operations: int) -> tuple[int, int]:
-        """How many boxes a curriculum lets a world of so many operations have, and the operations."""
-        return min(num_boxes, 2 + max(num_operations - 1, 0) // 2), num_operations
+        operations = round((num_operations + 1) ** grown) - 1
+        return min(num_boxes, 2 + max(operations - 1, 0) // 2), operations
 
     def pace(self) -> Pace | None:
         """The pace of a curriculum that depends on what was learnt, None for others."""
@@ -292,7 +294,7 @@ class TrackingArguments:
 
     def reached(self, low: int, high: int, progress: float) -> int:
         """The largest number of changes that `--curriculum grow` asks for at some share of training."""
-        return low + round((high - low) * min(progress / self.curriculum_share, 1.0) ** self.curriculum_power)
+        return low + round((high - low) * self.grown(progress))
 
     def load(self) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
         """Rows to train on, and rows of the evaluations by name, from files."""

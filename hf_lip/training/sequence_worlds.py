@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training texts of Boxes: whole worlds, or the smaller ones inside them that a curriculum begins with.
+"""Training texts of Boxes: whole worlds, or the smaller ones, made by the same rules, that a curriculum begins with.
 
 From scratch a transformer learns to answer from the description of a few boxes within some hundred steps, and then
 what one operation changes; from whole worlds (seven boxes, twelve operations) it learns neither in as many thousands.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..data.box_samples import BoxesSample, object_names, part_of_sample, renamed_sample, rows_of_sample
+from ..data import BoxesTask
+from ..data.box_samples import BoxesSample, object_names, renamed_sample, rows_of_sample
 from .sequence_batches import EpochOrder
 from .sequence_questions import Batch, encode_texts, packed_batch, row_batch
 from .sequence_tasks import TrackingArguments, split_sample
@@ -26,8 +28,8 @@ __all__ = ["BoxTexts", "worlds_of_rows"]
 class BoxTexts:
     """Worlds with several questions each, drawn anew each time.
 
-    While `--curriculum grow` runs, half of the worlds of a step have the largest size that it has reached, the others
-    fewer operations and boxes, mostly few: what was learnt is kept.
+    While `--curriculum grow` runs, worlds are generated: half of those of a step have the largest size that it has
+    reached, the others fewer operations and boxes, so that what was learnt is kept.
 
     Args:
         worlds: of files, in a new order every epoch; the last ones of an epoch that fill no batch are left out.
@@ -49,15 +51,18 @@ class BoxTexts:
         self.worlds = worlds
         self.order = None if worlds is None else EpochOrder(len(worlds), batch_size, seed)
         self.steps_per_epoch = None if self.order is None else self.order.steps_per_epoch
-        self.names = object_names(worlds) if worlds is not None and arguments.rename_objects else []
-        self.task = None if worlds is not None else arguments.tasks()[0]
+        self.names = [] if worlds is None else object_names(worlds)
+        # by which smaller worlds are made
+        task = arguments.tasks()[0] if worlds is None else BoxesTask(objects=tuple(self.names))
+        assert isinstance(task, BoxesTask)
+        self.task = task
 
     def draw(self, step: int, progress: float, places: range) -> list[Any]:
         rows: list[dict[str, Any]] = []
         for place in places:
             number = self._number(step, place)
             rng = np.random.default_rng([self.seed, _QUESTIONS, step, place])
-            sample = self._part(self._world(number), progress, rng)
+            sample = self._world(number, progress, rng)
             asked = self._questions(sample, rng)
             rows += rows_of_sample(self._renamed(sample, rng), asked, number)
         texts = encode_texts(self.arguments.ordered_answers(rows), self.tokenizer, self.arguments.text_key)
@@ -72,34 +77,25 @@ class BoxTexts:
     def _number(self, step: int, place: int) -> int:
         return step * self.batch_size + place if self.order is None else self.order.index(step, place)
 
-    def _world(self, number: int) -> BoxesSample:
+    def _world(self, number: int, progress: float, rng: np.random.Generator) -> BoxesSample:
+        grown = self.arguments.grown(progress)
+        if grown < 1.0:
+            return self._smaller_world(number, grown, rng)
         if self.worlds is not None:
             return self.worlds[number]
-        assert self.task is not None
-        sample, _ = split_sample(self.task, number, "train", seed=self.seed, split_seed=self.arguments.split_seed)
-        return sample
+        return split_sample(self.task, number, "train", seed=self.seed, split_seed=self.arguments.split_seed)[0]
 
-    def _part(self, sample: BoxesSample, progress: float, rng: np.random.Generator) -> BoxesSample:
-        """The world, or while the curriculum grows a smaller one in it: from one of its operations on, with the boxes
-        of that operation and some others, so that every kind of operation is seen inside the smallest worlds.
-        """
-        largest = len(sample.contents), len(sample.operations)
-        size = self.arguments.world_size(*largest, progress)
-        if size == largest:
-            return sample
-        if rng.random() < 0.5:
-            size = self.arguments.size_with(largest[0], int((size[1] + 1) * rng.random() ** 2))
-        # where as many operations follow
-        start = int(rng.integers(max(largest[1] - size[1], 0) + 1))
-        order = rng.permutation(largest[0]).tolist()
-        if start < largest[1]:
-            first = sample.operations[start]
-            order.sort(key=lambda box: box not in (first.source, first.target))
-        boxes = order[: size[0]]
-        return part_of_sample(sample, rng.permutation(boxes).tolist(), size[1], start)
+    def _smaller_world(self, number: int, grown: float, rng: np.random.Generator) -> BoxesSample:
+        largest = self.task.num_boxes, self.task.num_operations
+        if self.worlds is not None:
+            largest = len(self.worlds[number].contents), len(self.worlds[number].operations)
+        size = self.arguments.world_size(*largest, grown if rng.random() < 0.5 else grown * rng.random())
+        task = replace(self.task, num_boxes=size[0], num_operations=size[1])
+        seed = int(rng.integers(2**62))
+        return split_sample(task, 0, "train", seed=seed, split_seed=self.arguments.split_seed)[0]
 
     def _renamed(self, sample: BoxesSample, rng: np.random.Generator) -> BoxesSample:
-        if not self.names:
+        if not self.arguments.rename_objects:
             return sample
         used = object_names([sample])
         others = rng.permutation(len(self.names))[: len(used)].tolist()

@@ -10,7 +10,6 @@ from hf_lip.data.box_samples import (
     as_last_named,
     boxes_row,
     object_names,
-    part_of_sample,
     renamed_sample,
     rows_of_sample,
 )
@@ -64,41 +63,6 @@ def test_rows_are_those_asked_for_in_order():
         (7, 4, 2, "contains the cup"),
     ]
     assert rows[-1]["prompt"] == f"{TEXT} Box 2"
-
-
-def test_a_part_tells_what_one_who_sees_its_boxes_would():
-    sample = BoxesSample.of_text(TEXT)
-    assert told(part_of_sample(sample, [0, 1], 9)) == (
-        "Box 0 contains the cup and the map, Box 1 is empty. Move the cup from Box 0 to Box 1. "
-        "Put the key into Box 0. Remove the cup from Box 1."
-    )
-    # the boxes are numbered in the order given
-    assert told(part_of_sample(sample, [2, 1], 2)) == (
-        "Box 0 contains the key, Box 1 is empty. Put the cup into Box 1. Remove the key from Box 0."
-    )
-    assert part_of_sample(sample, [0, 1, 2], 4) == sample
-    assert part_of_sample(sample, [0, 1, 2], 1).operations == sample.operations[:1]
-    # as it is after the first operation
-    assert told(part_of_sample(sample, [1, 2], 2, start=1)) == (
-        "Box 0 contains the cup, Box 1 contains the key. Remove the key from Box 1. Remove the cup from Box 0."
-    )
-
-
-@pytest.mark.parametrize("task", TASKS, ids=["base", "contents"])
-def test_boxes_of_a_part_contain_what_they_do_in_the_whole(task):
-    rng = np.random.default_rng(0)
-    for sample in samples(task):
-        boxes = np.sort(rng.permutation(task.num_boxes)[:3]).tolist()
-        part = part_of_sample(sample, boxes, task.num_operations)
-        whole, inside = BoxWorld(sample.contents), BoxWorld(part.contents)
-        for operation in sample.operations:
-            whole.apply(operation)
-        for operation in part.operations:
-            inside.apply(operation)
-        assert [inside.contents(place) for place in range(3)] == [whole.contents(box) for box in boxes]
-        # each of its operations is one of the whole that changed one of the boxes
-        touched = [each for each in sample.operations if {each.source, each.target} & set(boxes)]
-        assert len(part.operations) == len(touched)
 
 
 def test_renaming_changes_names_and_nothing_else():

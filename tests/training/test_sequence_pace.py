@@ -41,10 +41,10 @@ def test_what_is_never_learnt_goes_on_by_time():
     arguments = TrackingArguments(task="boxes", curriculum="grow", curriculum_share=0.5, curriculum_loss=0.5)
     learnt = arguments.pace()
     for step in range(1, STAGES * LEAST_STEPS + 1):
-        assert (arguments.world_size(7, 12, learnt.progress(0.0)) == (7, 12)) == (len(learnt.entered) == STAGES)
+        assert (arguments.grown(learnt.progress(0.0)) == 1.0) == (len(learnt.entered) == STAGES)
         learnt.after_step(step, 100_000, 0.1)
     # and stays there
-    assert arguments.world_size(7, 12, learnt.progress(0.0)) == (7, 12)
+    assert arguments.grown(learnt.progress(0.0)) == 1.0
     assert arguments.reached(1, 63, learnt.progress(0.0)) == 63
 
 
