@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import BoxesTask
 from ..data.box_samples import BoxesSample, object_names, renamed_sample, rows_of_sample
+from ..data.generation import split_of
 from .sequence_batches import EpochOrder
 from .sequence_questions import Batch, encode_texts, packed_batch, row_batch
 from .sequence_tasks import TrackingArguments, split_sample
@@ -91,8 +92,15 @@ class BoxTexts:
             largest = len(self.worlds[number].contents), len(self.worlds[number].operations)
         size = self.arguments.world_size(*largest, grown if rng.random() < 0.5 else grown * rng.random())
         task = replace(self.task, num_boxes=size[0], num_operations=size[1])
-        seed = int(rng.integers(2**62))
-        return split_sample(task, 0, "train", seed=seed, split_seed=self.arguments.split_seed)[0]
+        # splits differ in the initial counts of all boxes: with fewer boxes all counts may be seen, and have to be,
+        # as there are so few of them that places in the text would be learnt by heart
+        sample = None
+        while sample is None:
+            sample = task.sample(rng, lambda key: size[0] < largest[0] or self._in_training(key))
+        return sample
+
+    def _in_training(self, key: bytes) -> bool:
+        return split_of(key, self.arguments.split_seed) == "train"
 
     def _renamed(self, sample: BoxesSample, rng: np.random.Generator) -> BoxesSample:
         if not self.arguments.rename_objects:

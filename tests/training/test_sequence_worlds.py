@@ -10,6 +10,7 @@ import pytest
 
 from hf_lip.data import BoxesTask, tracking_dataset, tracking_tokenizer
 from hf_lip.data.box_samples import BoxesSample, as_last_named, object_names
+from hf_lip.data.generation import split_of
 from hf_lip.training.sequence_tasks import TrackingArguments
 from hf_lip.training.sequence_worlds import BoxTexts, worlds_of_rows
 
@@ -128,6 +129,16 @@ class TestCurriculum:
         drawn = [described(one) for step in range(30) for one in samples.draw(step, 0.2, range(4))]
         kinds = Counter(one.operations[0].kind for one in drawn if one.operations)
         assert min(kinds[kind] for kind in ("move", "remove", "put")) > 8
+
+    def test_small_worlds_have_all_initial_counts_and_whole_ones_those_of_their_split(self):
+        samples = generated(batch_size=64, curriculum="grow", curriculum_share=0.5)
+        counts = {}
+        for progress in (0.0, 0.45, 0.5):
+            drawn = [described(one) for step in range(4) for one in samples.draw(step, progress, range(64))]
+            counts[progress] = {tuple(map(len, one.contents)) for one in drawn}
+        assert len(counts[0.0]) == 16
+        for key in (",".join(map(str, vector)) for progress in (0.45, 0.5) for vector in counts[progress]):
+            assert key.count(",") < 3 or split_of(key.encode(), samples.arguments.split_seed) == "train"
 
     def test_without_one_worlds_are_whole(self):
         assert set(self.drawn_sizes(generated(questions_per_text=28), 0.0, steps=2)) == {(4, 6)}
