@@ -9,15 +9,15 @@ Chains of up to 63 state changes, one token a statement, one chained layer; eval
         --num_hidden_layers 6 --attention softmax --output_dir runs/chains-softmax-6 --cpu
 
 Boxes from files, an ordinary layer and a chained one; all questions of a text share one pass over it. Training begins
-with the smallest worlds inside those of the files, goes on to larger ones as they are learnt, and exchanges the names
-of their objects:
+with small worlds made by the rules of the data set, goes on to larger ones as they are learnt and ends with those of
+the files, with the names of their objects exchanged:
 
     python scripts/train_entity_tracking.py --task boxes --boxes_train boxes/train-t5.jsonl.gz \
         --boxes_eval boxes/dev-t5.jsonl.gz boxes/test-t5.jsonl.gz --rename_objects --curriculum grow \
-        --curriculum_loss 0.15 --curriculum_share 0.7 --changed_weight 3 --answer_order text --questions_per_text 12 \
-        --layer_types full chained --gamma 0.9 --diagonal keep --hidden_size 128 --num_attention_heads 8 \
-        --intermediate_size 256 --initializer_range 0.1 --tie_word_embeddings --learning_rate 0.001 \
-        --lr_schedule stable_decay --adam_betas 0.9 0.99 --train_batch_size 16 --max_steps 8000 \
+        --curriculum_loss 0.2 --curriculum_share 0.85 --curriculum_power 4 --changed_weight 3 --answer_order text \
+        --questions_per_text 12 --layer_types full chained --gamma 0.9 --diagonal keep --hidden_size 128 \
+        --num_attention_heads 8 --intermediate_size 256 --initializer_range 0.1 --tie_word_embeddings \
+        --learning_rate 0.001 --lr_schedule stable_decay --adam_betas 0.9 0.99 --train_batch_size 16 --max_steps 8000 \
         --output_dir runs/boxes-1+1 --cpu
 
 Generated worlds that take depth, with longer ones for the evaluation:

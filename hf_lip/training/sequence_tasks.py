@@ -62,7 +62,7 @@ class TrackingArguments:
     )
     curriculum_loss: float | None = option(
         None,
-        "grow: go on early, as soon as the mean loss of recent steps (nats a token) is below this. 0.15 is a good "
+        "grow: go on early, as soon as the mean loss of recent steps (nats a token) is below this. 0.2 is a good "
         "value for boxes with --answer_order text.",
     )
     constant_length: bool = option(
