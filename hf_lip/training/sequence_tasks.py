@@ -2,6 +2,7 @@
 # ruff: noqa: RUF009  (`option` returns `dataclasses.field`)
 """Entity-tracking tasks of a training run: generated, or read from files."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -365,13 +366,22 @@ def split_sample(
         ValueError: as `sample_rows`.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    return accepted_sample(task, rng, lambda key: split_of(key, split_seed) == split), rng
+
+
+def accepted_sample(task: TrackingTask, rng: np.random.Generator, accept: Callable[[bytes], bool]) -> Any:
+    """A sample whose key is accepted, such as those of one split.
+
+    Raises:
+        ValueError: none was found in many draws.
+    """
     for _ in range(_MAX_DRAWS):
-        sample = task.sample(rng, lambda key: split_of(key, split_seed) == split)
+        sample = task.sample(rng, accept)
         if sample is not None:
-            return sample, rng
+            return sample
     raise ValueError(
-        f"{_MAX_DRAWS} samples of {task} and none that can be used in the split {split!r}: it has too few different "
-        "samples to be split; make it larger."
+        f"{_MAX_DRAWS} samples of {task} and none that can be used: it has too few different samples to be split, or "
+        "its worlds get stuck; make it larger."
     )
 
 

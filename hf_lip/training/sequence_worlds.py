@@ -17,7 +17,7 @@ from ..data.box_samples import BoxesSample, object_names, renamed_sample, rows_o
 from ..data.generation import split_of
 from .sequence_batches import EpochOrder
 from .sequence_questions import Batch, encode_texts, packed_batch, row_batch
-from .sequence_tasks import TrackingArguments, split_sample
+from .sequence_tasks import TrackingArguments, accepted_sample, split_sample
 
 
 # part of the seeds of these random numbers; those of `sequence_batches` are 0 to 2
@@ -37,7 +37,7 @@ class BoxTexts:
             None: fresh worlds for every step.
 
     Raises:
-        ValueError: fewer worlds than a batch has.
+        ValueError: fewer worlds than a batch has, or a curriculum for files with too few objects to make worlds of.
     """
 
     def __init__(
@@ -53,10 +53,12 @@ class BoxTexts:
         self.order = None if worlds is None else EpochOrder(len(worlds), batch_size, seed)
         self.steps_per_epoch = None if self.order is None else self.order.steps_per_epoch
         self.names = [] if worlds is None else object_names(worlds)
-        # by which smaller worlds are made
-        task = arguments.tasks()[0] if worlds is None else BoxesTask(objects=tuple(self.names))
-        assert isinstance(task, BoxesTask)
-        self.task = task
+        # by which worlds are made: of files, the smaller ones of a curriculum
+        self.task: Any = None
+        if worlds is None:
+            self.task = arguments.tasks()[0]
+        elif arguments.curriculum != "none":
+            self.task = BoxesTask(num_boxes=max(len(world.contents) for world in worlds), objects=tuple(self.names))
 
     def draw(self, step: int, progress: float, places: range) -> list[Any]:
         rows: list[dict[str, Any]] = []
@@ -94,13 +96,8 @@ class BoxTexts:
         task = replace(self.task, num_boxes=size[0], num_operations=size[1])
         # splits differ in the initial counts of all boxes: with fewer boxes all counts may be seen, and have to be,
         # as there are so few of them that places in the text would be learnt by heart
-        sample = None
-        while sample is None:
-            sample = task.sample(rng, lambda key: size[0] < largest[0] or self._in_training(key))
-        return sample
-
-    def _in_training(self, key: bytes) -> bool:
-        return split_of(key, self.arguments.split_seed) == "train"
+        split_seed = self.arguments.split_seed
+        return accepted_sample(task, rng, lambda key: size[0] < largest[0] or split_of(key, split_seed) == "train")
 
     def _renamed(self, sample: BoxesSample, rng: np.random.Generator) -> BoxesSample:
         if not self.arguments.rename_objects:

@@ -140,6 +140,19 @@ class TestCurriculum:
         for key in (",".join(map(str, vector)) for progress in (0.45, 0.5) for vector in counts[progress]):
             assert key.count(",") < 3 or split_of(key.encode(), samples.arguments.split_seed) == "train"
 
+    def test_files_with_few_objects_need_no_rules_without_one(self):
+        text = "Box 0 contains the cup, Box 1 is empty. Move the cup from Box 0 to Box 1."
+        worlds = [BoxesSample.of_text(text)] * 2
+        drawn = BoxTexts(TrackingArguments(**FILES), TOKENIZER, 0, 2, worlds).draw(0, 0.0, range(2))
+        assert {len(several) for _, several in drawn} == {4}
+        with pytest.raises(ValueError, match="`objects` has 1 names"):
+            BoxTexts(TrackingArguments(**FILES, curriculum="grow"), TOKENIZER, 0, 2, worlds)
+
+    def test_worlds_that_get_stuck_are_an_error_and_no_endless_search(self):
+        samples = generated(curriculum="grow", boxes_operations=["contents=1"], expected_objects=1e-12)
+        with pytest.raises(ValueError, match="its worlds get stuck"):
+            samples.draw(0, 0.3, range(4))
+
     def test_without_one_worlds_are_whole(self):
         assert set(self.drawn_sizes(generated(questions_per_text=28), 0.0, steps=2)) == {(4, 6)}
 
