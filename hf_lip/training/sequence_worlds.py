@@ -29,8 +29,9 @@ __all__ = ["BoxTexts", "worlds_of_rows"]
 class BoxTexts:
     """Worlds with several questions each, drawn anew each time.
 
-    While `--curriculum grow` runs, worlds are generated: half of those of a step have the largest size that it has
-    reached, the others fewer operations and boxes, so that what was learnt is kept.
+    With `--curriculum grow`, half of the worlds of a step have the largest size that it has reached and the others
+    fewer operations and boxes, to its end and after it: what is learnt is kept, and steps cost less. Worlds smaller
+    than whole ones are generated.
 
     Args:
         worlds: of files, in a new order every epoch; the last ones of an epoch that fill no batch are left out.
@@ -81,9 +82,10 @@ class BoxTexts:
         return step * self.batch_size + place if self.order is None else self.order.index(step, place)
 
     def _world(self, number: int, progress: float, rng: np.random.Generator) -> BoxesSample:
-        grown = self.arguments.grown(progress)
-        if grown < 1.0:
-            return self._smaller_world(number, grown, rng)
+        if self.arguments.curriculum != "none":
+            grown = self.arguments.grown(progress) * (1.0 if rng.random() < 0.5 else rng.random())
+            if grown < 1.0:
+                return self._smaller_world(number, grown, rng)
         if self.worlds is not None:
             return self.worlds[number]
         return split_sample(self.task, number, "train", seed=self.seed, split_seed=self.arguments.split_seed)[0]
@@ -92,7 +94,7 @@ class BoxTexts:
         largest = self.task.num_boxes, self.task.num_operations
         if self.worlds is not None:
             largest = len(self.worlds[number].contents), len(self.worlds[number].operations)
-        size = self.arguments.world_size(*largest, grown if rng.random() < 0.5 else grown * rng.random())
+        size = self.arguments.world_size(*largest, grown)
         task = replace(self.task, num_boxes=size[0], num_operations=size[1])
         # splits differ in the initial counts of all boxes: with fewer boxes all counts may be seen, and have to be,
         # as there are so few of them that places in the text would be learnt by heart

@@ -114,7 +114,14 @@ class TestCurriculum:
         # half of them the largest
         assert set(early) == {(2, 0), (2, 1), (2, 2), (3, 3)}
         assert 20 <= early[3, 3] <= 34
-        assert set(self.drawn_sizes(samples, 0.5)) == {(4, 6)}
+
+    @pytest.mark.parametrize("make", [generated, lambda **changes: of_files(**changes)[0]], ids=["generated", "files"])
+    def test_half_of_the_worlds_are_whole_from_its_end_on(self, make):
+        samples = make(curriculum="grow", curriculum_share=0.5, questions_per_text=28)
+        for progress in (0.5, 1.0):
+            sizes = Counter(self.drawn_sizes(samples, progress))
+            assert {(2, 0), (2, 1), (3, 3), (4, 6)} <= set(sizes)
+            assert 18 <= sizes[4, 6] <= 36
 
     def test_small_worlds_have_the_names_of_the_files_and_are_never_the_same(self):
         samples, _ = of_files(curriculum="grow")
