@@ -135,6 +135,11 @@ class SequenceTrainingArguments:
         1, "Micro-batches into which a process divides its share of a step, by length."
     )
     learning_rate: float = option(2e-3, "Peak of the schedule (AdamW).")
+    muon_learning_rate: float | None = option(
+        None,
+        "The same of the matrices of the layers, to train them with Muon in place of AdamW, in the scale of AdamW's "
+        "rates: two to five times --learning_rate is a good value. Default: AdamW for all.",
+    )
     gamma_learning_rate: float | None = option(
         None,
         "The same of learnt discounts (--gamma_learnable), which move as far as all steps together. "
@@ -161,11 +166,8 @@ class SequenceTrainingArguments:
 
     def __post_init__(self) -> None:
         require(self, "max_steps num_train_epochs train_batch_size eval_batch_size gradient_accumulation_steps", "> 0")
-        require(
-            self,
-            "learning_rate gamma_learning_rate max_train_seconds eval_steps logging_steps checkpointing_steps",
-            "> 0",
-        )
+        require(self, "learning_rate muon_learning_rate gamma_learning_rate max_train_seconds", "> 0")
+        require(self, "eval_steps logging_steps checkpointing_steps", "> 0")
         require(self, "checkpoints_total_limit", "> 0")
         require(self, "weight_decay warmup_steps max_grad_norm num_workers", ">= 0")
         require(self, "adam_betas", "in [0, 1)")

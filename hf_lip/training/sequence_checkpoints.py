@@ -7,6 +7,7 @@ ones usable. Random states are not kept: what a step draws depends on the seed a
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ __all__ = ["SequenceRunState", "load_sequence_checkpoint", "save_sequence_checkp
 
 @dataclass
 class SequenceRunState:
-    """What a checkpoint knows beside weights and optimiser."""
+    """What a checkpoint knows beside weights and optimisers."""
 
     step: int = 0
     # sum over the steps since the last history entry of the mean loss of a step's tokens
@@ -52,7 +53,7 @@ def save_sequence_checkpoint(
     identity: dict[str, Any],
     accelerator: "Accelerator",
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     *,
     keep: int,
 ) -> None:
@@ -67,7 +68,7 @@ def save_sequence_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         save_file(_weights(model), folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER_NAME)
+        save_file(_optimizer_tensors(model, optimizers), folder / OPTIMIZER_NAME)
         # last: a folder without this file does not count as a checkpoint
         whole = {"state": asdict(state), "arguments": identity, "num_processes": accelerator.num_processes}
         write_json(folder / STATE_NAME, whole)
@@ -81,9 +82,9 @@ def load_sequence_checkpoint(
     identity: dict[str, Any],
     accelerator: "Accelerator",
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> SequenceRunState:
-    """Put back into the model and its optimiser what `save_sequence_checkpoint` wrote.
+    """Put back into the model and its optimisers what `save_sequence_checkpoint` wrote.
 
     Args:
         folder: from `find_checkpoint`.
@@ -108,10 +109,12 @@ def load_sequence_checkpoint(
         for name, tensor in own.items():
             tensor.copy_(weights[name])
     names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
+    owner = {id(parameter): optimizer for optimizer, group in groups for parameter in group["params"]}
     for key, tensor in load_file(folder / OPTIMIZER_NAME).items():
         name, _, part = key.rpartition(".")
         parameter = names[name]
-        optimizer.state[parameter][part] = tensor.to(parameter.device)
+        owner[id(parameter)].state[parameter][part] = tensor.to(parameter.device)
     return SequenceRunState(**saved["state"])
 
 
@@ -127,9 +130,10 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
-        for part, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}.{part}"] = value.detach().contiguous()
+        for optimizer in optimizers:
+            for part, value in optimizer.state.get(parameter, {}).items():
+                found[f"{name}.{part}"] = value.detach().contiguous()
     return found

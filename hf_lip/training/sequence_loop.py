@@ -3,7 +3,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,7 +33,7 @@ DIVERGED = (
 )
 SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "stable_decay": stable_decay}
 
-__all__ = ["TrainingBatches", "make_adamw", "train_sequence_model"]
+__all__ = ["TrainingBatches", "make_optimizers", "train_sequence_model"]
 
 
 class TrainingBatches(Protocol):
@@ -54,9 +54,12 @@ class TrainingBatches(Protocol):
         """
 
 
-def make_adamw(model: torch.nn.Module, args: SequenceTrainingArguments) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, and a rate of their own for learnt discounts; `peak` of a group is its
-    largest rate.
+def make_optimizers(model: torch.nn.Module, args: SequenceTrainingArguments) -> list[torch.optim.Optimizer]:
+    """AdamW with weight decay on matrices only, and a rate of their own for learnt discounts; with
+    `muon_learning_rate` Muon for the matrices of the layers. `peak` of a group is its largest rate.
+
+    Source: Jordan et al. 2024 (Muon), with the step size of Liu et al. 2025, which makes its rates comparable to
+    AdamW's.
 
     Raises:
         ValueError: `gamma_learning_rate` is given and no discount is learnt.
@@ -70,6 +73,15 @@ def make_adamw(model: torch.nn.Module, args: SequenceTrainingArguments) -> torch
     known = {id(parameter) for parameter in gammas}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in known]
     matrices, others = ([entry for entry in trained if (entry.dim() >= 2) is large] for large in (True, False))
+    orthogonal: list[torch.nn.Parameter] = []
+    if args.muon_learning_rate is not None:
+        # rows of words are looked up, not multiplied: Muon is not for them, nor for the head that may be tied to them
+        tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        heads = [getattr(model, "get_output_embeddings", lambda: None)()]
+        words = {id(entry) for entry in (*tables, *(head.weight for head in heads if head is not None))}
+        orthogonal = [entry for entry in matrices if entry.dim() == 2 and id(entry) not in words]
+        chosen = {id(entry) for entry in orthogonal}
+        matrices = [entry for entry in matrices if id(entry) not in chosen]
     peak = args.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": args.weight_decay, "peak": peak},
@@ -77,13 +89,18 @@ def make_adamw(model: torch.nn.Module, args: SequenceTrainingArguments) -> torch
         {"params": gammas, "weight_decay": 0.0, "peak": args.gamma_learning_rate or peak},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_betas[0], args.adam_betas[1]), fused=True)
+    betas = (args.adam_betas[0], args.adam_betas[1])
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True)]
+    if orthogonal:
+        group = {"params": orthogonal, "weight_decay": args.weight_decay, "peak": args.muon_learning_rate}
+        optimizers.append(torch.optim.Muon([group], lr=peak, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def train_sequence_model(
     objective: torch.nn.Module,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     batches: TrainingBatches,
     measure_accuracy: Callable[[], tuple[dict[str, Any], str]],
     state: SequenceRunState,
@@ -126,7 +143,7 @@ def train_sequence_model(
 
     def save() -> None:
         keep = args.checkpoints_total_limit
-        save_sequence_checkpoint(output_dir, state, identity, accelerator, model, optimizer, keep=keep)
+        save_sequence_checkpoint(output_dir, state, identity, accelerator, model, optimizers, keep=keep)
 
     objective.train()
     bar = tqdm(total=num_steps, initial=state.step, desc="training", disable=not accelerator.is_main_process)
@@ -148,7 +165,7 @@ def train_sequence_model(
         # the middle of the step: no step is lost to a rate of 0 at either end
         progress = (state.step + 0.5) / num_steps
         factor = with_warmup(SCHEDULES[args.lr_schedule], progress, share=warmup_share)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * factor
         before_step(state.step)
         # what dropout draws depends on the seed, the step and the process alone
@@ -176,8 +193,9 @@ def train_sequence_model(
         logs = state.step % args.logging_steps == 0
         if logs or args.max_grad_norm > 0:
             grad_norm = accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         bar.update()
 
         if logs:

@@ -20,7 +20,7 @@ from .run_folder import find_checkpoint, list_checkpoints, remove_checkpoint, wr
 from .run_record import command_line, hardware, public_value, versions
 from .sequence_arguments import SequenceTrainingArguments, run_identity
 from .sequence_checkpoints import SequenceRunState, load_sequence_checkpoint
-from .sequence_loop import TrainingBatches, make_adamw, train_sequence_model
+from .sequence_loop import TrainingBatches, make_optimizers, train_sequence_model
 from .sequence_objective import SequenceObjective
 
 
@@ -107,11 +107,11 @@ class SequenceRun:
             RuntimeError: training that diverged, or processes that ended with different weights.
         """
         args, accelerator, output_dir = self.args, self.accelerator, Path(self.args.output_dir)
-        objective, optimizer = accelerator.prepare(SequenceObjective(model), make_adamw(model, args))
+        objective, *optimizers = accelerator.prepare(SequenceObjective(model), *make_optimizers(model, args))
         identity = run_identity(*self.arguments)
         if args.resume_from_checkpoint:
             folder = find_checkpoint(output_dir, args.resume_from_checkpoint)
-            self.state = load_sequence_checkpoint(folder, identity, accelerator, model, optimizer)
+            self.state = load_sequence_checkpoint(folder, identity, accelerator, model, optimizers)
             if batches.pace is not None and self.state.pace is not None:
                 batches.pace.restore(self.state.pace)
             accelerator.print(f"Resumed after step {self.state.step}.")
@@ -132,7 +132,7 @@ class SequenceRun:
             return found
 
         metrics = train_sequence_model(
-            objective, model, optimizer, batches, measure, self.state, identity, args, accelerator, before_step
+            objective, model, optimizers, batches, measure, self.state, identity, args, accelerator, before_step
         )
         if metrics is None:
             metrics, line = measure()

@@ -242,6 +242,8 @@ class TestResume:
         words = ("--checkpointing_steps", 2, "--eval_steps", 3, "--checkpoints_total_limit", 9)
         words = (*words, "--config_overrides", "residual_dropout=0.1", "--gradient_accumulation_steps", 2)
         words = (*words, "--tie_word_embeddings", "--gamma_learnable")
+        if base is BOXES:
+            words = (*words, "--muon_learning_rate", 0.01)
         expected = run("whole", *words, base=base)
         steps = expected["steps"]
         learnt = expected["curriculum_steps"]

@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from hf_lip import ChacalConfig, ChacalForCausalLM
 from hf_lip.models.chacal.converted import ChacalLlamaConfig, ChacalLlamaForCausalLM
 from hf_lip.training.schedules import constant, cosine, linear, with_warmup
 from hf_lip.training.sequence_arguments import SequenceModelArguments, SequenceTrainingArguments, run_identity
-from hf_lip.training.sequence_loop import make_adamw
+from hf_lip.training.sequence_loop import make_optimizers
 from hf_lip.training.sequence_models import build_model, gamma_schedule
 
 
@@ -61,15 +61,36 @@ class TestSchedules:
 
 def test_weight_decay_is_for_matrices():
     model = build(gamma=[0.5], gamma_learnable=True)
-    groups = make_adamw(model, SequenceTrainingArguments(weight_decay=0.3, learning_rate=0.1)).param_groups
+    (adamw,) = make_optimizers(model, SequenceTrainingArguments(weight_decay=0.3, learning_rate=0.1))
+    groups = adamw.param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0]
     assert [{parameter.dim() for parameter in group["params"]} for group in groups] == [{2}, {1}, {1}]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert [group["peak"] for group in groups] == [0.1] * 3
-    groups = make_adamw(model, SequenceTrainingArguments(learning_rate=0.1, gamma_learning_rate=0.5)).param_groups
-    assert [group["peak"] for group in groups] == [0.1, 0.1, 0.5]
+    (adamw,) = make_optimizers(model, SequenceTrainingArguments(learning_rate=0.1, gamma_learning_rate=0.5))
+    assert [group["peak"] for group in adamw.param_groups] == [0.1, 0.1, 0.5]
     with pytest.raises(ValueError, match="--gamma_learning_rate is of learnt discounts"):
-        make_adamw(build(gamma=[0.5]), SequenceTrainingArguments(gamma_learning_rate=0.5))
+        make_optimizers(build(gamma=[0.5]), SequenceTrainingArguments(gamma_learning_rate=0.5))
+
+
+@pytest.mark.parametrize("kind", ["chacal", "tied", "gpt2"])
+def test_muon_is_for_the_matrices_of_the_layers(kind):
+    model = {
+        "chacal": lambda: build(gamma_learnable=True),
+        "tied": lambda: build(tie_word_embeddings=True),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40)),
+    }[kind]()
+    arguments = SequenceTrainingArguments(learning_rate=0.1, muon_learning_rate=0.3, weight_decay=0.2)
+    adamw, muon = make_optimizers(model, arguments)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    (group,) = muon.param_groups
+    assert (group["peak"], group["weight_decay"]) == (0.3, 0.2)
+    orthogonal = {names.pop(id(parameter)) for parameter in group["params"]}
+    assert all(".layers." in name or ".h." in name for name in orthogonal)
+    assert len(orthogonal) == (8 if kind == "gpt2" else 7 * model.config.num_hidden_layers)
+    others = [parameter for entry in adamw.param_groups for parameter in entry["params"]]
+    assert sorted(map(id, others)) == sorted(names)
+    assert all(parameter.dim() == 1 or "layers" not in names[id(parameter)] for parameter in others)
 
 
 class TestModels:
@@ -179,7 +200,8 @@ class TestGammaSchedule:
             torch.testing.assert_close(torch.tensor(model.get_gamma()), torch.full((2, 2), expected))
             trained = [p for name, p in model.named_parameters() if name.endswith("gamma.weight")]
             assert [p.shape for p in trained] == [(2,), (2,)]
-            *_, gammas = make_adamw(model, SequenceTrainingArguments(output_dir="x")).param_groups
+            (adamw,) = make_optimizers(model, SequenceTrainingArguments(output_dir="x"))
+            *_, gammas = adamw.param_groups
             assert {id(p) for p in trained} == {id(p) for p in gammas["params"]}
             assert gammas["weight_decay"] == 0.0
         if kind == "llama":
