@@ -159,6 +159,16 @@ def test_trains_with_and_without_checkpointing(options):
             torch.testing.assert_close(grad, found[0][1][name], rtol=1e-4, atol=1e-6)
 
 
+def test_trains_after_a_look_in_inference_mode():
+    model, ids = causal_lm(), torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        seen = model(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.item() == seen.item()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_learnt_gamma_moves_and_is_saved(tmp_path):
     model = causal_lm(gamma_learnable=True, gamma=0.0).train()
     ids = tokens(batch=8, length=30)

@@ -106,7 +106,9 @@ class ChacalGamma(nn.Module):
         """The discounts (H,) and 1 - gamma (H, 1, 1), float32."""
         if self.weight is None and not torch.compiler.is_compiling():
             if self.kept is None or self.kept[0].device != device:
-                self.kept = self.with_prefactor(torch.tensor(self.values, device=device))
+                # kept by a model in inference mode, they serve its training too
+                with torch.inference_mode(False):
+                    self.kept = self.with_prefactor(torch.tensor(self.values, device=device))
             return self.kept
         if self.weight is None:
             return self.with_prefactor(torch.tensor(self.values, device=device))
