@@ -9,8 +9,8 @@ Chains of up to 63 state changes, one token a statement, one chained layer; eval
         --num_hidden_layers 6 --attention softmax --output_dir runs/chains-softmax-6 --cpu
 
 Boxes from files, an ordinary layer and a chained one; all questions of a text share one pass over it. Training begins
-with small worlds made by the rules of the data set, goes on to larger ones as they are learnt and ends with those of
-the files, with the names of their objects exchanged:
+with small worlds made by the rules of the data set and goes on to larger ones as they are learnt; at its end half of
+them are whole ones of the files, with the names of their objects exchanged:
 
     python scripts/train_entity_tracking.py --task boxes --boxes_train boxes/train-t5.jsonl.gz \
         --boxes_eval boxes/dev-t5.jsonl.gz boxes/test-t5.jsonl.gz --rename_objects --curriculum grow \
