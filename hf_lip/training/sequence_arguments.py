@@ -138,7 +138,7 @@ class SequenceTrainingArguments:
     muon_learning_rate: float | None = option(
         None,
         "The same of the matrices of the layers, to train them with Muon in place of AdamW, in the scale of AdamW's "
-        "rates: two to five times --learning_rate is a good value. Default: AdamW for all.",
+        "rates. Default: AdamW for all.",
     )
     gamma_learning_rate: float | None = option(
         None,

@@ -30,8 +30,8 @@ class BoxTexts:
     """Worlds with several questions each, drawn anew each time.
 
     With `--curriculum grow`, half of the worlds of a step have the largest size that it has reached and the others
-    fewer operations and boxes, to its end and after it: what is learnt is kept, and steps cost less. Worlds smaller
-    than whole ones are generated.
+    fewer operations and boxes, to its end and after it: what is learnt is kept, and steps cost less. Worlds of
+    fewer boxes are generated.
 
     Args:
         worlds: of files, in a new order every epoch; the last ones of an epoch that fill no batch are left out.
@@ -95,6 +95,9 @@ class BoxTexts:
         if self.worlds is not None:
             largest = len(self.worlds[number].contents), len(self.worlds[number].operations)
         size = self.arguments.world_size(*largest, grown)
+        if self.worlds is not None and size[0] == largest[0]:
+            # initial counts of all boxes are what splits of files differ in: only those of the files are seen
+            return replace(self.worlds[number], operations=self.worlds[number].operations[: size[1]])
         task = replace(self.task, num_boxes=size[0], num_operations=size[1])
         # splits differ in the initial counts of all boxes: with fewer boxes all counts may be seen, and have to be,
         # as there are so few of them that places in the text would be learnt by heart

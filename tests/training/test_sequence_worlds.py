@@ -147,6 +147,14 @@ class TestCurriculum:
         for key in (",".join(map(str, vector)) for progress in (0.45, 0.5) for vector in counts[progress]):
             assert key.count(",") < 3 or split_of(key.encode(), samples.arguments.split_seed) == "train"
 
+    def test_worlds_of_all_boxes_have_initial_counts_of_the_files(self):
+        samples, _ = of_files(curriculum="grow", questions_per_text=28)
+        known = {tuple(map(len, world.contents)) for world in samples.worlds}
+        drawn = [described(one) for step in range(40) for one in samples.draw(step, 1.0, range(4))]
+        smaller = [one for one in drawn if len(one.contents) == 4 and len(one.operations) < 6]
+        assert len(smaller) > 3
+        assert {tuple(map(len, one.contents)) for one in smaller} <= known
+
     def test_files_with_few_objects_need_no_rules_without_one(self):
         text = "Box 0 contains the cup, Box 1 is empty. Move the cup from Box 0 to Box 1."
         worlds = [BoxesSample.of_text(text)] * 2
