@@ -91,6 +91,13 @@ def test_certificates_hold(folder):
     assert report.ok, report.reasons
 
 
+def test_the_code_on_the_boxes_card_answers(monkeypatch, capsys):
+    monkeypatch.chdir(CARDS)
+    code = (CARDS / "chacal-boxes" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("path/to/", "./"), {})
+    assert capsys.readouterr().out.strip() == "contains the key"
+
+
 def test_sizes():
     sizes = {folder.name: size_of_weights(folder) for folder in FOLDERS}
     assert all(0 < size < 8 * MEGABYTE for size in sizes.values()), sizes

@@ -75,7 +75,8 @@ def _questions(
     """The questions to ask, on how many samples (sequences, worlds, texts), and how many the card's are on."""
     name = evaluation.name
     if not arguments.generated:
-        texts = encode_texts(_file_rows(arguments, evaluation), _tokenizer(folder), arguments.text_key)
+        rows = arguments.ordered_answers(_file_rows(arguments, evaluation))
+        texts = encode_texts(rows, _tokenizer(folder), arguments.text_key)
         part = evenly_spread(texts, request)
         return EvaluationSet.of_texts(name, part, arguments, batch_size), len(part), len(texts)
     first, second = arguments.tasks()
@@ -86,7 +87,7 @@ def _questions(
     if arguments.dense:
         questions = EvaluationSet.of_rows(name, rows, arguments, batch_size)
     else:
-        texts = encode_texts(rows, _tokenizer(folder), arguments.text_key)
+        texts = encode_texts(arguments.ordered_answers(rows), _tokenizer(folder), arguments.text_key)
         questions = EvaluationSet.of_texts(name, texts, arguments, batch_size)
     return questions, len(indices), arguments.eval_samples
 

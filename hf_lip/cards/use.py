@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{where}")
 tokenizer = AutoTokenizer.from_pretrained("{where}")
-inputs = tokenizer("...", return_tensors="pt")  # a text, to be gone on from
+text = "{text}"{remark}
+inputs = tokenizer(text, return_tensors="pt")
 found = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
+# in words that the data set and the generator share
+_BOXES_TEXT = "Box 0 contains the letter and the key, Box 1 is empty. Move the key from Box 0 to Box 1. Box 1"
 _CODE_OF_STEPS = """\
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,9 +51,15 @@ def how_to_use(config: Mapping[str, Any], name: str, evaluations: Sequence[Evalu
         arguments = tracking_arguments(evaluations[0]) if evaluations[0].kind == "tracking" else None
         if arguments is not None and arguments.dense:
             return f"{install}\n\n```python\n{_code_of_steps(where, arguments)}```"
-        parts = [install, f"```python\n{_CODE_OF_TEXTS.format(where=where)}```"]
+        boxes = arguments is not None and arguments.task == "boxes"
+        code = _CODE_OF_TEXTS.format(
+            where=where,
+            text=_BOXES_TEXT if boxes else "...",
+            remark="" if boxes else "  # a text, to be gone on from",
+        )
+        parts = [install, f"```python\n{code}```"]
         if "chained_attention" in config.get("layer_types", ()):
-            track = f'hf-lip track {where} "..." --plot why.png'
+            track = f'hf-lip track {where} "{_BOXES_TEXT if boxes else "..."}" --plot why.png'
             parts.append(f"What in the text an answer was read from, over all hops:\n\n```bash\n{track}\n```")
         return "\n\n".join(parts)
     smoothed = next((one for one in evaluations if "sigma" in one.figures[0].arguments), None)

@@ -2,12 +2,20 @@
 """Cards of smoothed classifiers, entity tracking and language models."""
 
 import json
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from hf_lip.cards import check_card, write_card
+from hf_lip.cards.evaluations import read_evaluations
 from hf_lip.cards.image_reruns import _smoothing_arguments
+from hf_lip.cards.reruns import Request
+from hf_lip.cards.tracking_reruns import _questions, tracking_arguments
+from hf_lip.data import BoxesTask
+from hf_lip.training.sequence_evaluation import EvaluationSet, generated_rows
+from hf_lip.training.sequence_questions import encode_texts
 
 from ..scripts.test_train_entity_tracking import boxes_file
 from .runs import copied, edit_json, trained
@@ -136,6 +144,37 @@ def test_entity_tracking_of_files(tmp_path):
     check = check_card(folder, device="cpu", data=str(tmp_path / "moved"))
     assert check.ok, check.problems
     assert {figure.examples for figure in check.figures} == {"all 4 samples", "all 5 samples"}
+
+
+def test_answers_in_the_order_of_the_text_are_asked_for_again(tmp_path):
+    """With a model that knows them: one that is always wrong would be as wrong in any order."""
+    model = Path(__file__).parents[2] / "model_cards" / "chacal-boxes"
+    known = tuple(sorted(set(BoxesTask().objects) & set(AutoTokenizer.from_pretrained(model).get_vocab())))
+    task = BoxesTask(num_boxes=3, num_operations=3, objects=known)
+    train, test = (
+        str(boxes_file(tmp_path / f"{split}.jsonl.gz", 8, task=task, split=split)) for split in ("train", "test")
+    )
+    words = ["--task", "boxes", "--boxes_train", train, "--boxes_eval", test, "--answer_order", "text", "--cpu"]
+    words += ["--model_name_or_path", str(model), "--max_steps", "1", "--learning_rate", "1e-9"]
+    folder = trained("train_entity_tracking", [*words, "--train_batch_size", "2"], tmp_path / "boxes")
+    assert json.loads((folder / "results.json").read_text())["evaluations"]["test"]["accuracy"] > 0.9
+    write_card(folder, plot=False)
+    check = check_card(folder, device="cpu", data=str(tmp_path))
+    assert check.ok, check.problems
+
+
+def test_generated_answers_in_the_order_of_the_text_are_asked_for_again(tmp_path):
+    words = ["--task", "boxes", "--answer_order", "text", "--num_boxes", "3", "--num_operations", "3", "--cpu"]
+    words += ["--max_steps", "1", "--train_batch_size", "2", "--hidden_size", "16", "--eval_samples", "8"]
+    folder = trained("train_entity_tracking", words, tmp_path / "boxes")
+    (evaluation,) = read_evaluations(folder)
+    arguments = tracking_arguments(evaluation)
+    asked, *_ = _questions(folder, arguments, evaluation, 64, Request())
+    rows = generated_rows(arguments.tasks()[0], arguments)
+    texts = encode_texts(rows, AutoTokenizer.from_pretrained(folder), arguments.text_key)
+    wanted = EvaluationSet.of_texts("test", texts, arguments, 64)
+    for (batch, _), (other, _) in zip(asked.batches, wanted.batches, strict=True):
+        assert batch["labels"].equal(other["labels"])
 
 
 def test_of_many_depths_some_are_shown(chains_run, tmp_path):

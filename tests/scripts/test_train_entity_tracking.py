@@ -49,10 +49,10 @@ def run(tmp_path, monkeypatch):
     return run_in
 
 
-def boxes_file(path, worlds, **options):
+def boxes_file(path, worlds, *, task=None, **options):
     """Made worlds in the layout of the Boxes release."""
     lines = []
-    for row in tracking_dataset(BoxesTask(num_boxes=3, num_operations=3), worlds, **options):
+    for row in tracking_dataset(task or BoxesTask(num_boxes=3, num_operations=3), worlds, **options):
         text = f"{row['prompt']} {row['answer']}."
         masked = {
             "sentence_masked": f"{row['prompt']} <extra_id_0> .",
