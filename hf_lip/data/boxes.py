@@ -3,7 +3,7 @@
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -160,19 +160,30 @@ class BoxesTask:
             return None
         names = [self.objects[place] for place in rng.permutation(len(self.objects)).tolist()]
         boxes = [[names.pop() for _ in range(count)] for count in counts]
-        contents = tuple(tuple(sorted(box)) for box in boxes)
-        operations = []
-        for _ in range(self.num_operations):
-            if not self._can_go_on(boxes, names):
-                return None
-            operations.append(self._operation(boxes, names, rng))
-        return BoxesSample(contents, tuple(operations))
+        return self._with_operations(boxes, names, rng)
+
+    def sample_from(self, contents: Sequence[Sequence[str]], rng: np.random.Generator) -> BoxesSample | None:
+        """A world whose boxes have some contents at the start; None where it gets stuck."""
+        inside = {name for box in contents for name in box}
+        outside = [name for name in self.objects if name not in inside]
+        return self._with_operations([list(box) for box in contents], outside, rng)
 
     def rows(self, sample: BoxesSample, index: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
         first_step = 0 if self.query_steps == "every" else self.num_operations
         places = rng.permutation(self.num_queries())[: self.queries_per_world].tolist()
         questions = {(first_step + place // self.num_boxes, place % self.num_boxes) for place in places}
         return rows_of_sample(sample, questions, index)
+
+    def _with_operations(
+        self, boxes: list[list[str]], outside: list[str], rng: np.random.Generator
+    ) -> BoxesSample | None:
+        contents = tuple(tuple(sorted(box)) for box in boxes)
+        operations = []
+        for _ in range(self.num_operations):
+            if not self._can_go_on(boxes, outside):
+                return None
+            operations.append(self._operation(boxes, outside, rng))
+        return BoxesSample(contents, tuple(operations))
 
     def _can_go_on(self, boxes: list[list[str]], outside: list[str]) -> bool:
         """Whether one of the kinds with weight can be done."""

@@ -93,6 +93,11 @@ class TrackingArguments:
         "boxes, from files: give the objects of a text other names of the data each time: a thousand worlds can be "
         "learnt by heart.",
     )
+    fresh_operations: bool = option(
+        False,
+        "boxes, from files: begin with the contents of a text and go on with operations drawn by the rules, others "
+        "each time: the operations of a thousand worlds can be learnt by heart too.",
+    )
     answer_order: Literal["alphabet", "text"] | None = option(
         None,
         "boxes: order of the objects in an answer, which does not matter for the exact match of sets: the data's, or "
@@ -130,14 +135,8 @@ class TrackingArguments:
             ),
             "permutations": ("form", *changes, "num_elements", "moves"),
             "boxes": (
-                *(
-                    "boxes_train",
-                    "boxes_eval",
-                    "rename_objects",
-                    "questions_per_text",
-                    "changed_weight",
-                    "answer_order",
-                ),
+                *("boxes_train", "boxes_eval", "rename_objects", "fresh_operations"),
+                *("questions_per_text", "changed_weight", "answer_order"),
                 *generated_boxes,
             ),
             "babi": ("data_path", "babi_task", "questions_per_text"),
@@ -156,6 +155,7 @@ class TrackingArguments:
             chosen = {
                 "curriculum grow": self.curriculum == "grow",
                 "rename_objects": self.rename_objects,
+                "fresh_operations": self.fresh_operations,
                 "changed_weight": self.changed_weight is not None,
             }
             for name in (name for name, given in chosen.items() if given):
@@ -178,8 +178,9 @@ class TrackingArguments:
                 raise ValueError(f"--{wrong[0]} is for generated worlds: leave it out with --boxes_train.")
             if not self.boxes_eval:
                 raise ValueError("--boxes_train needs files to evaluate on: give --boxes_eval.")
-        elif self.rename_objects:
-            raise ValueError("--rename_objects is for worlds of files (--boxes_train): generated ones are all new.")
+        else:
+            for name in (name for name in ("rename_objects", "fresh_operations") if getattr(self, name)):
+                raise ValueError(f"--{name} is for worlds of files (--boxes_train): generated ones are all new.")
         if self.task in ("babi", "propara") and not self.data_path:
             raise ValueError(f"--task {self.task} needs --data_path.")
         if self.task == "babi" and self.babi_task is None:

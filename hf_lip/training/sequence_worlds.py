@@ -38,7 +38,8 @@ class BoxTexts:
             None: fresh worlds for every step.
 
     Raises:
-        ValueError: fewer worlds than a batch has, or a curriculum for files with too few objects to make worlds of.
+        ValueError: fewer worlds than a batch has, or a curriculum or fresh operations for files with too few objects
+            to make worlds of.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class BoxTexts:
         self.order = None if worlds is None else EpochOrder(len(worlds), batch_size, seed)
         self.steps_per_epoch = None if self.order is None else self.order.steps_per_epoch
         self.names = [] if worlds is None else object_names(worlds)
-        # by which worlds are made: of files, the smaller ones of a curriculum
+        # by which worlds are made: of files, the smaller ones of a curriculum and fresh operations
         self.task: Any = None
         if worlds is None:
             self.task = arguments.tasks()[0]
-        elif arguments.curriculum != "none":
+        elif arguments.curriculum != "none" or arguments.fresh_operations:
             self.task = BoxesTask(num_boxes=max(len(world.contents) for world in worlds), objects=tuple(self.names))
 
     def draw(self, step: int, progress: float, places: range) -> list[Any]:
@@ -87,7 +88,7 @@ class BoxTexts:
             if grown < 1.0:
                 return self._smaller_world(number, grown, rng)
         if self.worlds is not None:
-            return self.worlds[number]
+            return self._of_files(number, len(self.worlds[number].operations), rng)
         return split_sample(self.task, number, "train", seed=self.seed, split_seed=self.arguments.split_seed)[0]
 
     def _smaller_world(self, number: int, grown: float, rng: np.random.Generator) -> BoxesSample:
@@ -97,12 +98,23 @@ class BoxTexts:
         size = self.arguments.world_size(*largest, grown)
         if self.worlds is not None and size[0] == largest[0]:
             # initial counts of all boxes are what splits of files differ in: only those of the files are seen
-            return replace(self.worlds[number], operations=self.worlds[number].operations[: size[1]])
+            return self._of_files(number, size[1], rng)
         task = replace(self.task, num_boxes=size[0], num_operations=size[1])
         # splits differ in the initial counts of all boxes: with fewer boxes all counts may be seen, and have to be,
         # as there are so few of them that places in the text would be learnt by heart
         split_seed = self.arguments.split_seed
         return accepted_sample(task, rng, lambda key: size[0] < largest[0] or split_of(key, split_seed) == "train")
+
+    def _of_files(self, number: int, num_operations: int, rng: np.random.Generator) -> BoxesSample:
+        """A world of the files with its first operations, or with fresh ones."""
+        assert self.worlds is not None
+        world = self.worlds[number]
+        if not self.arguments.fresh_operations:
+            return replace(world, operations=world.operations[:num_operations])
+        task = replace(self.task, num_boxes=len(world.contents), num_operations=num_operations)
+        found = task.sample_from(world.contents, rng)
+        assert found is not None, "what is inside can be removed, what is outside be put in"
+        return found
 
     def _renamed(self, sample: BoxesSample, rng: np.random.Generator) -> BoxesSample:
         if not self.arguments.rename_objects:

@@ -183,6 +183,7 @@ class TestArguments:
             ({"curriculum": "log", "task": "random_chains"}, "--curriculum log is no option of --task random_chains"),
             ({"curriculum": "log", "task": "boxes"}, "--curriculum log is no option of --task boxes"),
             ({"task": "boxes", "rename_objects": True}, "--rename_objects is for worlds of files"),
+            ({"task": "boxes", "fresh_operations": True}, "--fresh_operations is for worlds of files"),
             ({"curriculum": "grow", "curriculum_power": 0.0}, "--curriculum_power must be > 0"),
             ({"curriculum": "log", "curriculum_loss": 0.1}, "--curriculum_loss needs --curriculum grow"),
             ({"curriculum": "grow", "curriculum_loss": 0.0}, "--curriculum_loss must be > 0"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hf_lip.data import BoxesTask, tracking_dataset, tracking_tokenizer
-from hf_lip.data.box_samples import BoxesSample, as_last_named, object_names
+from hf_lip.data.box_samples import BoxesSample, as_last_named, object_names, rows_of_sample
 from hf_lip.data.generation import split_of
 from hf_lip.training.sequence_tasks import TrackingArguments
 from hf_lip.training.sequence_worlds import BoxTexts, worlds_of_rows
@@ -180,6 +180,38 @@ class TestCurriculum:
         assert later.world_size(7, 15, later.grown(0.25)) == (2, 1)
 
 
+class TestFreshOperations:
+    def test_worlds_begin_as_those_of_the_files_and_go_on_by_the_rules(self):
+        plain, _ = of_files()
+        samples, _ = of_files(fresh_operations=True)
+        goings_on = set()
+        for step in range(6):
+            drawn = [[described(one) for one in each.draw(step, 1.0, range(4))] for each in (plain, samples)]
+            for old, new in zip(*drawn, strict=True):
+                assert new.contents == old.contents
+                assert len(new.operations) <= 6
+                assert set(object_names([new])) <= set(samples.names)
+                goings_on.add(new.operations)
+                # raises at an operation that can not be done
+                assert list(rows_of_sample(new, {(len(new.operations), 0)}, 0))
+        assert len(goings_on) == 24
+        assert not goings_on & {world.operations for world in samples.worlds}
+
+    def test_of_a_curriculum_too(self):
+        """Worlds of all boxes that are cut short begin as the files' too, smaller ones are made as ever."""
+        options = {"curriculum": "grow", "curriculum_share": 1.0}
+        plain, _ = of_files(**options)
+        samples, _ = of_files(**options, fresh_operations=True)
+        compared = 0
+        for progress in (0.3, 0.9):
+            for old, new in zip(*(each.draw(0, progress, range(4)) for each in (plain, samples)), strict=True):
+                before, after = described(old), described(new)
+                assert after.contents == before.contents
+                compared += len(before.contents) == 4 and before.operations != after.operations
+                assert len(before.contents) == 4 or before == after
+        assert compared
+
+
 class TestNames:
     def test_names_are_exchanged_anew_each_time(self):
         plain, _ = of_files()
@@ -241,6 +273,7 @@ class TestQuestions:
     [
         ({"curriculum": "grow"}, "--curriculum grow makes new texts: leave out --questions_per_text 0"),
         ({"rename_objects": True}, "--rename_objects makes new texts"),
+        ({"fresh_operations": True}, "--fresh_operations makes new texts"),
         ({"changed_weight": 3.0}, "--changed_weight makes new texts"),
     ],
 )
