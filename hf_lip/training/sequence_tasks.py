@@ -63,8 +63,8 @@ class TrackingArguments:
     )
     curriculum_loss: float | None = option(
         None,
-        "grow: go on early, as soon as the mean loss of recent steps (nats a token) is below this. 0.2 is a good "
-        "value for boxes with --answer_order text.",
+        "grow: go on early, as soon as the mean loss of recent steps (nats a token) is below this. 0.08 is a "
+        "good value for boxes with --answer_order text.",
     )
     constant_length: bool = option(
         False, "chains with a curriculum: as many entities as give every sample about the same number of statements."
