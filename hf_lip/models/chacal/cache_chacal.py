@@ -13,12 +13,32 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .configuration_chacal import ChacalConfig
+from .memory_chacal import TokenMemory
 
 
 class ChainedDynamicLayer(DynamicLayer):
     """Grows with the sequence. Z never changes once written: cropping and reordering are those of the base class."""
 
     _layer_type = "chained_attention"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._memory = {"keys": TokenMemory(), "values": TokenMemory()}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._memory["keys"].extended(self.keys, key_states)
+        self.values = self._memory["values"].extended(self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        for memory in self._memory.values():
+            memory.clear()
+        # dropped: older releases of the base class keep the length and write zeros
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
 
 
 class ChainedStaticLayer(StaticLayer):

@@ -18,6 +18,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from ...ops.chain import DIAGONALS, chain, check_gamma, gamma_per_head, key_bias, row_normalized, with_ones
 from ...ops.chain_triton import can_use_triton
 from .effective import PAST_REMEDY, EffectiveAttention, EffectiveRecorder
+from .memory_chacal import TokenMemory
 
 
 NAME = "chacal"
@@ -34,7 +35,7 @@ class ChainedCacheLayer(DynamicLayer):
     def __init__(self, max_cache_len: int | None = None):
         super().__init__()
         self.max_cache_len = max_cache_len
-        self.slots: dict[str, Tensor] = {}
+        self._memory = {name: TokenMemory(max_cache_len) for name in ("keys", "values")}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """All keys, and the new values only, marked with this layer for the attention function.
@@ -61,27 +62,19 @@ class ChainedCacheLayer(DynamicLayer):
                 f"The cache holds {name} of shape {tuple(held.shape)}, which tokens of shape {tuple(new.shape)} "
                 f"cannot follow: it belongs to another model or batch. {CACHE_REMEDY}"
             )
-        if self.max_cache_len is None:
-            return new if count == 0 else torch.cat([held, new], dim=-2)
         total = count + new.shape[2]
-        if total > self.max_cache_len:
+        if self.max_cache_len is not None and total > self.max_cache_len:
             raise ValueError(
                 f"The cache has room for {self.max_cache_len} tokens, not for {total}: make a larger one."
             )
-        slots = self.slots.get(name)
-        # reordering and copies for beams leave another tensor in the place of the view of the slots
-        if slots is None or count == 0 or held.data_ptr() != slots.data_ptr():
-            slots = new.new_empty(*new.shape[:2], self.max_cache_len, new.shape[3])
-            if count:
-                slots[:, :, :count] = held
-            self.slots[name] = slots
-        slots[:, :, count:total] = new
-        return slots[:, :, :total]
+        return self._memory[name].extended(held, new)
 
     def reset(self) -> None:
+        for memory in self._memory.values():
+            memory.clear()
         # dropped: older releases of the base class keep the length and write zeros
         self.keys = self.values = None
-        self.slots, self.is_initialized = {}, False
+        self.is_initialized = False
         super().reset()
 
     def get_max_length(self) -> int:
@@ -94,7 +87,7 @@ class ChainedCache(Cache):
     Args:
         config: the model's config.
         max_cache_len: None for a cache that grows. A number for a static one, for decoding without gradients: its
-            memory is allocated once, for so many tokens, which must not be exceeded.
+            memory is allocated at once, for so many tokens, which must not be exceeded.
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):

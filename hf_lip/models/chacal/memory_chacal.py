@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of caches that grow: a token of decoding is written where it belongs, and what is held is not copied."""
+
+import torch
+from torch import Tensor
+
+
+# room for more tokens, as a share of those held, and at least
+_SHARE, _LEAST = 8, 32
+
+__all__ = ["TokenMemory"]
+
+
+class TokenMemory:
+    """One tensor (B, heads, n, features) that grows along the tokens.
+
+    Whoever holds an earlier state may go back to it: the memory is written on only from where it ends, and a tensor
+    that is not its newest state (cropped, reordered, set from outside) is copied to new memory first.
+
+    Args:
+        max_tokens: None, or the tokens to make room for at once.
+    """
+
+    def __init__(self, max_tokens: int | None = None):
+        self.max_tokens = max_tokens
+        self._memory: Tensor | None = None
+        self._count = 0
+
+    def extended(self, held: Tensor | None, new: Tensor) -> Tensor:
+        """`held` (None or empty: nothing yet) and `new` after it, joined along the tokens."""
+        count = 0 if held is None or held.numel() == 0 else held.shape[2]
+        if held is None or count == 0:
+            held = new[:, :, :0]
+        recorded = torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)
+        if recorded or held.dtype != new.dtype or torch.compiler.is_compiling():
+            # what is recorded must not be written over, and a compiled graph plans its memory itself
+            return torch.cat([held, new], 2)
+        total = count + new.shape[2]
+        memory = self._memory
+        if memory is None or not self._continues(memory, held) or total > memory.shape[2]:
+            room = max(total // _SHARE, _LEAST)
+            capacity = total + room if self.max_tokens is None else max(self.max_tokens, total)
+            memory = new.new_empty(*new.shape[:2], capacity, new.shape[3])
+            memory[:, :, :count] = held
+            self._memory = memory
+        memory[:, :, count:total] = new
+        self._count = total
+        return memory[:, :, :total]
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._memory, self._count = None, 0
+
+    def _continues(self, memory: Tensor, held: Tensor) -> bool:
+        """Whether `held` is the newest state of the memory."""
+        return (
+            held.shape[2] == self._count
+            and held.data_ptr() == memory.data_ptr()
+            and held.shape[:2] == memory.shape[:2]
+            and held.shape[3] == memory.shape[3]
+            and held.device == memory.device
+            # made in inference mode, it can not be written on outside
+            and (torch.is_inference_mode_enabled() or not memory.is_inference())
+        )
