@@ -54,7 +54,7 @@ class TrackingArguments:
         "none",
         "chains, permutations, boxes: which changes (boxes: operations) a training sample has: uniformly drawn; up "
         "to a largest number that grows to its end over --curriculum_share of training, for boxes geometrically and "
-        "with the boxes, from two of them on; all samples of a step the same number, drawn log-uniformly (not for "
+        "with the boxes, from --curriculum_boxes of them on; all samples of a step the same number, drawn log-uniformly (not for "
         "boxes).",
     )
     curriculum_share: float = option(0.6, "grow: share of training after which all lengths are drawn.")
@@ -66,6 +66,9 @@ class TrackingArguments:
         "grow: go on early, as soon as the mean loss of recent steps (nats a token) is below this. 0.08 is a "
         "good value for boxes with --answer_order text.",
     )
+    curriculum_boxes: int | None = option(
+        None, "boxes, grow: boxes of the smallest worlds; take all of them where nothing is taken out. Default: 2."
+    )
     constant_length: bool = option(
         False, "chains with a curriculum: as many entities as give every sample about the same number of statements."
     )
@@ -75,7 +78,7 @@ class TrackingArguments:
     previous_probability: float | None = option(None, "random_chains: of copying the last statement. Default: 0.75.")
     num_elements: int | None = option(None, "permutations: elements, 2 to 7. Default: 5.")
     moves: Literal["all", "even", "swaps"] | None = option(None, "permutations: which moves. Default: all.")
-    num_boxes: int | None = option(None, "boxes, generated: boxes. Default: 7.")
+    num_boxes: int | None = option(None, "boxes, generated: boxes; splits of fewer than five are unlike. Default: 7.")
     num_operations: int | None = option(None, "boxes, generated: operations of a world. Default: 12.")
     eval_num_operations: int | None = option(None, "boxes, generated: the same of a second evaluation.")
     max_objects: int | None = option(None, "boxes, generated: capacity of a box. Default: 3.")
@@ -136,7 +139,7 @@ class TrackingArguments:
             "permutations": ("form", *changes, "num_elements", "moves"),
             "boxes": (
                 *("boxes_train", "boxes_eval", "rename_objects", "fresh_operations"),
-                *("questions_per_text", "changed_weight", "answer_order"),
+                *("questions_per_text", "changed_weight", "answer_order", "curriculum_boxes"),
                 *generated_boxes,
             ),
             "babi": ("data_path", "babi_task", "questions_per_text"),
@@ -162,6 +165,8 @@ class TrackingArguments:
                 raise ValueError(f"--{name} makes new texts: leave out --questions_per_text 0, which asks the files'.")
         if self.curriculum_loss is not None and self.curriculum != "grow":
             raise ValueError("--curriculum_loss needs --curriculum grow.")
+        if self.curriculum_boxes is not None and (self.curriculum != "grow" or self.curriculum_boxes < 2):
+            raise ValueError("--curriculum_boxes must be at least 2, and needs --curriculum grow.")
         if self.curriculum_share > 1:
             raise ValueError(f"--curriculum_share must be at most 1, got {self.curriculum_share}.")
         if self.constant_length and self.curriculum != "log":
@@ -277,8 +282,7 @@ class TrackingArguments:
             return 1.0
         return min(progress / self.curriculum_share, 1.0) ** self.curriculum_power
 
-    @staticmethod
-    def world_size(num_boxes: int, num_operations: int, grown: float) -> tuple[int, int]:
+    def world_size(self, num_boxes: int, num_operations: int, grown: float) -> tuple[int, int]:
         """Boxes and operations of the largest worlds of training, `grown` in [0, 1] as far as a curriculum is.
 
         The operations grow geometrically: the first few take a model as long to learn as all others together.
@@ -286,7 +290,7 @@ class TrackingArguments:
         if grown >= 1.0:
             return num_boxes, num_operations
         operations = round((num_operations + 1) ** grown) - 1
-        return min(num_boxes, 2 + max(operations - 1, 0) // 2), operations
+        return min(num_boxes, (self.curriculum_boxes or 2) + max(operations - 1, 0) // 2), operations
 
     def pace(self) -> Pace | None:
         """The pace of a curriculum that depends on what was learnt, None for others."""

@@ -178,6 +178,18 @@ class TestCurriculum:
         assert sizes == [(2, 0), (2, 1), (3, 3), (5, 7), (7, 15), (7, 15)]
         later = replace(arguments, curriculum_power=2.0)
         assert later.world_size(7, 15, later.grown(0.25)) == (2, 1)
+        wide = replace(arguments, curriculum_boxes=5)
+        assert [wide.world_size(7, 15, wide.grown(share)) for share in shares[:4]] == [(5, 0), (5, 1), (6, 3), (7, 7)]
+
+    def test_the_smallest_worlds_may_have_all_boxes(self):
+        drawn = self.drawn_sizes(generated(curriculum="grow", curriculum_boxes=4, questions_per_text=4), 0.1, steps=4)
+        assert {boxes for boxes, _ in drawn} == {4}
+        assert max(operations for _, operations in drawn) < 6
+
+    @pytest.mark.parametrize("wrong", [{"curriculum_boxes": 1, "curriculum": "grow"}, {"curriculum_boxes": 3}])
+    def test_boxes_of_a_curriculum_that_can_not_be(self, wrong):
+        with pytest.raises(ValueError, match="--curriculum_boxes must be at least 2, and needs --curriculum grow"):
+            TrackingArguments(task="boxes", **wrong)
 
 
 class TestFreshOperations:
