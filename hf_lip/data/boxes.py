@@ -63,8 +63,8 @@ class BoxesTask:
     weight and boxes drawn uniformly; one that can not be done is drawn anew with its kind. `move` and `remove` take a
     random subset (a fair coin an object, not all tails), `contents` takes all and is told without naming them, `put`
     brings Poisson(`expected_put`) objects, at least one, from outside. Where the boxes get stuck (no operation of the
-    given kinds can be done) the world is drawn anew. Splits share no vector of initial counts. Take five boxes or more:
-    three have so few vectors that a model learned those of training by heart (92 % right there, 64 % in the test).
+    given kinds can be done) the world is drawn anew. Splits share no vector of initial counts. Take five boxes or
+    more: three have so few that a model learned those of training by heart (92 % right there, 64 % in the test).
 
     The defaults are the release's base form. There the answer follows from where each object was last named, so it
     tests no long chains. `move_contents=True` is its form of that name. For depth let most operations be `contents`,

@@ -54,8 +54,7 @@ class TrackingArguments:
         "none",
         "chains, permutations, boxes: which changes (boxes: operations) a training sample has: uniformly drawn; up "
         "to a largest number that grows to its end over --curriculum_share of training, for boxes geometrically and "
-        "with the boxes, from --curriculum_boxes of them on; all samples of a step the same number, drawn log-uniformly (not for "
-        "boxes).",
+        "with the boxes, from --curriculum_boxes on; all of a step the same, drawn log-uniformly (not for boxes).",
     )
     curriculum_share: float = option(0.6, "grow: share of training after which all lengths are drawn.")
     curriculum_power: float = option(
