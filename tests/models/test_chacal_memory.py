@@ -19,6 +19,7 @@ def token(length: int = 1, batch: int = 2, dtype: torch.dtype = torch.float32) -
     return torch.randn(batch, 3, length, 4).to(dtype)
 
 
+@torch.no_grad()
 def test_tokens_are_written_where_the_others_are():
     memory = TokenMemory()
     held = memory.extended(None, token(5))
@@ -36,6 +37,7 @@ def test_tokens_are_written_where_the_others_are():
 
 
 @pytest.mark.parametrize("seed", range(5))
+@torch.no_grad()
 def test_any_state_can_be_gone_back_to(seed):
     """A random walk over states that are cropped, reordered, copied and set again."""
     draw = random.Random(seed)
@@ -71,6 +73,27 @@ def test_what_is_recorded_is_not_written_over():
         assert torch.equal(memory.extended(longer, second)[:, :, :4], longer)
 
 
+def test_queries_are_trained_on_a_cache_of_frozen_keys():
+    """The keys need no gradient, but autograd keeps those of the past for the gradient of the queries."""
+    model, ids = causal_lm(layer_types=["chained_attention"] * 2), tokens()
+    model.requires_grad_(False)
+    query = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    gradients = []
+    for used in (cache, copied):
+        query.grad = None
+        loss = model(ids[:, 9:], past_key_values=used).logits.square().sum()
+        with torch.no_grad():
+            model(ids[:, :1], past_key_values=used)
+        loss.backward()
+        gradients.append(query.grad.clone())
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
 def test_inference_mode_and_outside_of_it():
     memory = TokenMemory()
     with torch.inference_mode():
@@ -80,6 +103,7 @@ def test_inference_mode_and_outside_of_it():
         assert torch.equal(memory.extended(held, token())[:, :, :4], before)
 
 
+@torch.no_grad()
 def test_another_dtype_is_joined_as_cat_joins_it():
     memory = TokenMemory()
     held = memory.extended(None, token(3, dtype=torch.bfloat16))
@@ -87,6 +111,7 @@ def test_another_dtype_is_joined_as_cat_joins_it():
 
 
 @pytest.mark.parametrize("layer", [ChainedDynamicLayer, ChainedCacheLayer])
+@torch.no_grad()
 def test_resetting_gives_the_memory_back(layer):
     found = layer()
     update = found.update if layer is ChainedDynamicLayer else lambda key, value: found.extended("keys", key)

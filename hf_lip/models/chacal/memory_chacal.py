@@ -12,7 +12,7 @@ __all__ = ["TokenMemory"]
 
 
 class TokenMemory:
-    """One tensor (B, heads, n, features) that grows along the tokens.
+    """One tensor (B, heads, n, features) that grows along the tokens, in place where no gradients are recorded.
 
     Whoever holds an earlier state may go back to it: the memory is written on only from where it ends, and a tensor
     that is not its newest state (cropped, reordered, set from outside) is copied to new memory first.
@@ -31,9 +31,8 @@ class TokenMemory:
         count = 0 if held is None or held.numel() == 0 else held.shape[2]
         if held is None or count == 0:
             held = new[:, :, :0]
-        recorded = torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)
-        if recorded or held.dtype != new.dtype or torch.compiler.is_compiling():
-            # what is recorded must not be written over, and a compiled graph plans its memory itself
+        if torch.is_grad_enabled() or held.dtype != new.dtype or torch.compiler.is_compiling():
+            # autograd refuses memory written on after it was read, and a compiled graph plans its memory itself
             return torch.cat([held, new], 2)
         total = count + new.shape[2]
         memory = self._memory
