@@ -48,7 +48,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
-from hf_lip.data import tracking_tokenizer, words_of
+from hf_lip.data import add_words, tracking_tokenizer, words_of
 from hf_lip.hub import push_folder, require_pushable
 from hf_lip.training.sequence_arguments import SequenceModelArguments, SequenceTrainingArguments
 from hf_lip.training.sequence_batches import FileTexts, GeneratedSamples, StepBatches
@@ -78,6 +78,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
             raise ValueError("--num_train_epochs needs data that end: give --max_steps for generated samples.")
         if task.curriculum_loss is not None and args.num_workers:
             raise ValueError("--num_workers makes batches ahead, and --curriculum_loss decides them late: give 0.")
+        if task.add_words and model.model_name_or_path is None:
+            raise ValueError("--add_words adds to the words of a checkpoint: give --model_name_or_path.")
         check_run(args)
         if args.push_to_hub:
             require_pushable(repository(args), args.hub_token)
@@ -86,8 +88,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     return task, model, args
 
 
-def choose_tokenizer(model: SequenceModelArguments, words: list[str], *, dense: bool) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer, or one word a token.
+def choose_tokenizer(
+    task: TrackingArguments, model: SequenceModelArguments, words: list[str]
+) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer, with the words it lacks where `--add_words` asks for them, or one word a token.
 
     Raises:
         ValueError: a checkpoint with other words than the statements of a dense task.
@@ -96,7 +100,9 @@ def choose_tokenizer(model: SequenceModelArguments, words: list[str], *, dense: 
     if model.model_name_or_path is None:
         return own
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
-    if dense and tokenizer.get_vocab() != own.get_vocab():
+    if task.add_words:
+        add_words(tokenizer, words)
+    if task.dense and tokenizer.get_vocab() != own.get_vocab():
         raise ValueError(
             f"--model_name_or_path has other words than the task ({len(tokenizer)} and {len(own)}): give --num_values "
             "and --num_variables as it was trained, or --form text."
@@ -108,7 +114,7 @@ def generated_data(
     task: TrackingArguments, model: SequenceModelArguments, args: SequenceTrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, GeneratedSamples | BoxTexts, list[EvaluationSet], int]:
     first, second = task.tasks()
-    tokenizer = choose_tokenizer(model, first.vocabulary(), dense=task.dense)
+    tokenizer = choose_tokenizer(task, model, first.vocabulary())
     make: GeneratedSamples | BoxTexts
     if task.task == "boxes":
         make = BoxTexts(task, tokenizer, args.seed, args.train_batch_size)
@@ -135,7 +141,7 @@ def file_data(
     train, evaluated = task.load()
     rows = [*train, *(row for part in evaluated.values() for row in part)]
     words = {word for row in rows for text in (row["prompt"], row["answer"]) for word in text.split()}
-    tokenizer = choose_tokenizer(model, words_of(words), dense=False)
+    tokenizer = choose_tokenizer(task, model, words_of(words))
     texts = encode_texts(train, tokenizer, task.text_key)
     make: FileTexts | BoxTexts
     if task.task == "boxes" and task.questions:
@@ -157,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, samples, sets, longest = (generated_data if task.generated else file_data)(task, model_args, args)
     set_seed(args.seed)
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    model = build_model(model_args, len(tokenizer), longest, special, use_rope=task.ordered).to(accelerator.device)
+    built = build_model(model_args, len(tokenizer), longest, special, use_rope=task.ordered, add_tokens=task.add_words)
+    model = built.to(accelerator.device)
     batches = StepBatches(
         samples,
         args.num_steps(getattr(samples, "steps_per_epoch", None)),

@@ -9,6 +9,7 @@ from hf_lip.data.images import dataset_to_tensors, image_to_tensor, load_image_d
 from hf_lip.data.permutations import PermutationsTask
 from hf_lip.data.tracking_tokenizer import (
     TrackingCollator,
+    add_words,
     encode_answers,
     tracking_tokenizer,
     unknown_words,
@@ -22,6 +23,7 @@ __all__ = [
     "PermutationsTask",
     "RandomChainsTask",
     "TrackingCollator",
+    "add_words",
     "dataset_to_tensors",
     "embed_statements",
     "encode_answers",

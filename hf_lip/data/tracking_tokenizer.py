@@ -33,6 +33,7 @@ __all__ = [
     "IGNORED",
     "SPECIAL_TOKENS",
     "TrackingCollator",
+    "add_words",
     "encode_answers",
     "tracking_tokenizer",
     "unknown_words",
@@ -78,6 +79,28 @@ def tracking_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def add_words(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[str]:
+    """Gives a word-level tokenizer tokens for the words that it does not know, after those that it has.
+
+    Returns:
+        The new words. A model needs as many tokens: `model.resize_token_embeddings(len(tokenizer))`.
+
+    Raises:
+        ValueError: a tokenizer of another kind, or a word that is none.
+    """
+    if not (tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, WordLevel)):
+        raise ValueError("Only a tokenizer of whole words takes new ones: others split the words they do not know.")
+    known = tokenizer.get_vocab()
+    new = [word for word in dict.fromkeys(words) if word not in known]
+    for word in new:
+        if _WORD.fullmatch(word) is None:
+            raise ValueError(f"`words` holds {word!r}, which is not one word: use `words_of(texts)`.")
+    tokens = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    tokens |= {word: len(tokenizer) + place for place, word in enumerate(new)}
+    tokenizer.backend_tokenizer.model = WordLevel(tokens, unk_token=tokenizer.unk_token)
+    return new
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:

@@ -22,6 +22,7 @@ def build_model(
     special_tokens: dict[str, int | None],
     *,
     use_rope: bool,
+    add_tokens: bool = False,
 ) -> PreTrainedModel:
     """The model in float32, from a checkpoint or from scratch; the caller has set the seed.
 
@@ -30,6 +31,7 @@ def build_model(
         longest: tokens of the longest sequence, of training and evaluation.
         special_tokens: `pad_token_id`, `bos_token_id` and `eos_token_id` of a new configuration.
         use_rope: where `--use_rope` is not given.
+        add_tokens: give a checkpoint the tokens it lacks, with embeddings drawn like those that it has.
 
     Raises:
         ValueError: a checkpoint with fewer tokens or positions than the data need, or an unknown field.
@@ -37,7 +39,9 @@ def build_model(
     model: Any
     if arguments.model_name_or_path is not None:
         model = _pretrained(arguments)
-        if model.config.vocab_size < vocab_size:
+        if model.config.vocab_size < vocab_size and add_tokens:
+            model.resize_token_embeddings(vocab_size)
+        elif model.config.vocab_size < vocab_size:
             raise ValueError(
                 f"--model_name_or_path has {model.config.vocab_size} tokens and the data {vocab_size}: take the "
                 "checkpoint's own tokenizer, or train from scratch."

@@ -153,7 +153,10 @@ def _check_words(
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown != tokenizer.eos_token_id and (unknown in prompt or unknown in answer):
         words = ", ".join(unknown_words(tokenizer, f"{row['prompt']} {row['answer']}"))
-        raise ValueError(f"Words that the tokenizer does not know: {words}. Build it from the words of the data.")
+        raise ValueError(
+            f"Words that the tokenizer does not know: {words}. Build it from the words of the data, or add them to it "
+            "(train_entity_tracking.py --add_words)."
+        )
 
 
 def _common_words(prompt: str, longest: str) -> int:

@@ -120,6 +120,9 @@ class TrackingArguments:
         False, "boxes: generate the answers that are not the reference token for token, and compare sets of objects."
     )
     eval_samples: int = option(512, "Generated tasks: samples of each evaluation (boxes: worlds).")
+    add_words: bool = option(
+        False, "With --model_name_or_path: words of the task that the checkpoint does not know become new tokens."
+    )
     split_seed: int = option(2255, "Generated tasks: of the division into splits; keep it through a project.")
     eval_seed: int = option(0, "Generated tasks: of the evaluation samples.")
 
@@ -185,6 +188,8 @@ class TrackingArguments:
         else:
             for name in (name for name in ("rename_objects", "fresh_operations") if getattr(self, name)):
                 raise ValueError(f"--{name} is for worlds of files (--boxes_train): generated ones are all new.")
+        if self.add_words and self.dense:
+            raise ValueError("--add_words is for texts: a dense task has the words of its checkpoint.")
         if self.task in ("babi", "propara") and not self.data_path:
             raise ValueError(f"--task {self.task} needs --data_path.")
         if self.task == "babi" and self.babi_task is None:

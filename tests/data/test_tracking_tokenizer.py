@@ -9,6 +9,7 @@ from hf_lip.data import (
     BoxesTask,
     ChainsTask,
     TrackingCollator,
+    add_words,
     encode_answers,
     tracking_dataset,
     tracking_tokenizer,
@@ -52,6 +53,30 @@ def test_unknown_words_are_named():
     assert unknown_words(tokenizer, "") == []
     with pytest.raises(ValueError, match="does not know: zebra, and"):
         encode_answers(rows_of((TEXT, "contains the zebra and the cup")), tokenizer)
+
+
+def test_new_words_come_after_those_that_a_tokenizer_has(tmp_path):
+    tokenizer = tracking_tokenizer(words_of([TEXT]))
+    before, size = tokenizer(TEXT)["input_ids"], len(tokenizer)
+    assert add_words(tokenizer, ["Box", "zebra", "cup", "and", "zebra"]) == ["zebra", "and"]
+    assert len(tokenizer) == size + 2
+    assert tokenizer(TEXT)["input_ids"] == before
+    asked = "Box 0 contains the zebra and the cup, zebras."
+    assert tokenizer.convert_ids_to_tokens(tokenizer(asked)["input_ids"])[5:7] == ["zebra", "and"]
+    assert unknown_words(tokenizer, asked) == ["zebras"]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(asked)["input_ids"] == tokenizer(asked)["input_ids"]
+    assert loaded.decode(loaded(asked)["input_ids"]) == "<bos> Box 0 contains the zebra and the cup , <unk> ."
+
+
+def test_words_that_can_not_be_added():
+    inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate("abc")}, merges=[]))
+    byte_pairs = PreTrainedTokenizerFast(tokenizer_object=inner)
+    with pytest.raises(ValueError, match="'two words', which is not one word"):
+        add_words(tracking_tokenizer(["Box"]), ["two words"])
+    with pytest.raises(ValueError, match="Only a tokenizer of whole words takes new ones"):
+        add_words(byte_pairs, ["zebra"])
 
 
 def test_labels_are_the_answer_alone():

@@ -409,6 +409,27 @@ class TestBadInput:
         with pytest.raises(ValueError, match="--model_name_or_path has other words than the task"):
             run("run", *words, base=["--task", "chains"])
 
+    def test_a_checkpoint_takes_the_words_it_lacks(self, run, tmp_path):
+        first = boxes_file(tmp_path / "train-t5.jsonl.gz", 4)
+        small = ["--train_batch_size", 2, "--max_steps", 2, "--layer_types", "full", "chained", "--gamma", 0.9]
+        run("first", "--boxes_train", first, "--boxes_eval", first, *small, base=["--task", "boxes"])
+        known = AutoTokenizer.from_pretrained(tmp_path / "first").get_vocab()
+        assert "contents" not in known
+        deep = ["--task", "boxes", "--num_boxes", 3, "--num_operations", 2, "--boxes_operations", "contents=1"]
+        deep += ["--eval_samples", 2, "--train_batch_size", 2, "--max_steps", 2]
+        results = run("second", "--model_name_or_path", tmp_path / "first", "--add_words", base=deep)
+        grown = AutoTokenizer.from_pretrained(tmp_path / "second").get_vocab()
+        assert known.items() < grown.items()
+        assert {"contents", "Move"} < set(grown)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+        assert (
+            model.config.vocab_size == results["vocab_size"] == len(grown) == len(model.get_input_embeddings().weight)
+        )
+        with pytest.raises(SystemExit):
+            run("third", "--add_words", base=deep)
+        with pytest.raises(SystemExit):
+            run("third", "--model_name_or_path", tmp_path / "first", "--add_words", base=["--task", "chains"])
+
     def test_divergence_stops_the_run(self, run, tmp_path):
         words = (
             "--learning_rate",
