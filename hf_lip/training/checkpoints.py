@@ -7,7 +7,6 @@ torch pickles written by Accelerate, so only those in the run's own folder are l
 `weights_only=True`.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ..spectral.regularizer import LipschitzRegularizer
 from .averaging import EvaluationCopy
-from .run_folder import STATE_NAME, prune_checkpoints, publish_checkpoint, unfinished_folder, write_json
+from .run_folder import checkpoint_state, finish_checkpoint, unfinished_folder
 
 
 if TYPE_CHECKING:
@@ -67,11 +66,7 @@ def save_checkpoint(
         save_file(penalty.state_dict(), folder / PENALTY_NAME)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        # last: a folder without this file does not count as a checkpoint
-        whole = {"state": asdict(state), "arguments": identity, "num_processes": accelerator.num_processes}
-        write_json(folder / STATE_NAME, whole)
-        publish_checkpoint(output_dir, state.step)
-        prune_checkpoints(output_dir, keep)
+        finish_checkpoint(output_dir, state.step, asdict(state), identity, accelerator.num_processes, keep)
     accelerator.wait_for_everyone()
 
 
@@ -90,20 +85,10 @@ def load_checkpoint(
     Raises:
         ValueError: other arguments or another number of processes than those of the run.
     """
-    saved = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    changed = {
-        name: saved["arguments"].get(name) for name in identity if saved["arguments"].get(name) != identity[name]
-    }
-    if changed:
-        raise ValueError(f"{folder.name} belongs to a run with other arguments; resume it with {changed}.")
-    if saved["num_processes"] != accelerator.num_processes:
-        raise ValueError(
-            f"{folder.name} was written by {saved['num_processes']} processes and this run has "
-            f"{accelerator.num_processes}: resume with as many."
-        )
+    state = checkpoint_state(folder, identity, accelerator.num_processes)
     accelerator.load_state(str(folder))
     if evaluated.decay is not None:
         evaluated.load_state_dict(load_file(folder / AVERAGES_NAME))
     if penalty is not None:
         penalty.load_state_dict(load_file(folder / PENALTY_NAME))
-    return RunState(**saved["state"])
+    return RunState(**state)

@@ -14,7 +14,9 @@ STATE_NAME = "training_state.json"
 __all__ = [
     "STATE_NAME",
     "checkpoint_folder",
+    "checkpoint_state",
     "find_checkpoint",
+    "finish_checkpoint",
     "list_checkpoints",
     "prune_checkpoints",
     "publish_checkpoint",
@@ -74,6 +76,41 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
             f"{[checkpoint.name for checkpoint in whole]}."
         )
     return path
+
+
+def finish_checkpoint(
+    output_dir: Path, step: int, state: dict[str, Any], identity: dict[str, Any], num_processes: int, keep: int
+) -> None:
+    """Write what a checkpoint knows beside its tensors, publish it, and delete all but the newest `keep`."""
+    # last: a folder without this file does not count as a checkpoint
+    whole = {"state": state, "arguments": identity, "num_processes": num_processes}
+    write_json(unfinished_folder(output_dir, step) / STATE_NAME, whole)
+    publish_checkpoint(output_dir, step)
+    prune_checkpoints(output_dir, keep)
+
+
+def checkpoint_state(folder: Path, identity: dict[str, Any], num_processes: int) -> dict[str, Any]:
+    """The state that `finish_checkpoint` wrote.
+
+    Raises:
+        ValueError: other arguments or another number of processes than those of the run. An option that did not exist
+            when the run was begun may be left unset.
+    """
+    saved = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    before, wanted = saved["arguments"], json.loads(json.dumps(identity))
+    changed = {
+        name: before.get(name)
+        for name, value in wanted.items()
+        if (before[name] != value if name in before else value is not None and value is not False)
+    }
+    if changed:
+        raise ValueError(f"{folder.name} belongs to a run with other arguments; resume it with {changed}.")
+    if saved["num_processes"] != num_processes:
+        raise ValueError(
+            f"{folder.name} was written by {saved['num_processes']} processes and this run has {num_processes}: "
+            "resume with as many."
+        )
+    return saved["state"]
 
 
 def publish_checkpoint(output_dir: Path, step: int) -> Path:

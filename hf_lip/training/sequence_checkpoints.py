@@ -5,7 +5,6 @@ A folder is written under a temporary name and renamed when whole, so that `kill
 ones usable. Random states are not kept: what a step draws depends on the seed and the step alone.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .run_folder import STATE_NAME, prune_checkpoints, publish_checkpoint, unfinished_folder, write_json
+from .run_folder import checkpoint_state, finish_checkpoint, unfinished_folder
 
 
 if TYPE_CHECKING:
@@ -69,11 +68,7 @@ def save_sequence_checkpoint(
         folder.mkdir(parents=True)
         save_file(_weights(model), folder / WEIGHTS_NAME, metadata={"format": "pt"})
         save_file(_optimizer_tensors(model, optimizers), folder / OPTIMIZER_NAME)
-        # last: a folder without this file does not count as a checkpoint
-        whole = {"state": asdict(state), "arguments": identity, "num_processes": accelerator.num_processes}
-        write_json(folder / STATE_NAME, whole)
-        publish_checkpoint(output_dir, state.step)
-        prune_checkpoints(output_dir, keep)
+        finish_checkpoint(output_dir, state.step, asdict(state), identity, accelerator.num_processes, keep)
     accelerator.wait_for_everyone()
 
 
@@ -92,16 +87,7 @@ def load_sequence_checkpoint(
     Raises:
         ValueError: other arguments or another number of processes than those of the run, or other tensors.
     """
-    saved = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(identity))
-    changed = {name: saved["arguments"].get(name) for name in wanted if saved["arguments"].get(name) != wanted[name]}
-    if changed:
-        raise ValueError(f"{folder.name} belongs to a run with other arguments; resume it with {changed}.")
-    if saved["num_processes"] != accelerator.num_processes:
-        raise ValueError(
-            f"{folder.name} was written by {saved['num_processes']} processes and this run has "
-            f"{accelerator.num_processes}: resume with as many."
-        )
+    state = checkpoint_state(folder, identity, accelerator.num_processes)
     weights, own = load_file(folder / WEIGHTS_NAME), _weights(model)
     if set(weights) != set(own):
         raise ValueError(f"{folder.name} has other weights: {sorted(set(weights) ^ set(own))[:5]} differ.")
@@ -115,7 +101,7 @@ def load_sequence_checkpoint(
         name, _, part = key.rpartition(".")
         parameter = names[name]
         owner[id(parameter)].state[parameter][part] = tensor.to(parameter.device)
-    return SequenceRunState(**saved["state"])
+    return SequenceRunState(**state)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ import pytest
 from hf_lip.training.run_folder import (
     STATE_NAME,
     checkpoint_folder,
+    checkpoint_state,
     find_checkpoint,
+    finish_checkpoint,
     list_checkpoints,
     prune_checkpoints,
     publish_checkpoint,
@@ -70,3 +72,16 @@ def test_json_is_replaced_whole_and_has_no_nan(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
     write_json(path, {"a": [1.5]})
     assert json.loads(path.read_text()) == {"a": [1.5]}
+
+
+def test_a_run_goes_on_with_its_own_arguments_and_options_that_came_later_unset(tmp_path):
+    unfinished_folder(tmp_path, 3).mkdir(parents=True)
+    begun = {"learning_rate": 0.1, "betas": (0.9, 0.99), "questions": 0, "share": None}
+    finish_checkpoint(tmp_path, 3, {"step": 3}, begun, 2, keep=1)
+    folder = find_checkpoint(tmp_path, "latest")
+    assert checkpoint_state(folder, {**begun, "later": None, "also_later": False}, 2) == {"step": 3}
+    for changed in ({"learning_rate": 0.2}, {"questions": None}, {"share": 0}, {"later": True}, {"later": 0}):
+        with pytest.raises(ValueError, match=f"other arguments; resume it with {{'{next(iter(changed))}'"):
+            checkpoint_state(folder, {**begun, **changed}, 2)
+    with pytest.raises(ValueError, match="written by 2 processes and this run has 1"):
+        checkpoint_state(folder, begun, 1)
