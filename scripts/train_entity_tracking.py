@@ -23,10 +23,18 @@ them are whole ones of the files, with the names of their objects exchanged:
 What is left in a box when something is taken out is learnt in worlds of two boxes or not at all: they are kept until
 the loss is below 0.08, which 8 heads or fewer take far longer for than 16.
 
-Generated worlds that take depth, with longer ones for the evaluation:
+Generated worlds that take depth: one object at most in a box, and every operation moves what is in a box without
+naming it. Longer ones for a second evaluation; all boxes from the start, as nothing is taken out; the sizes, AdamW and
+the schedule of above:
 
-    python scripts/train_entity_tracking.py --task boxes --boxes_operations contents=1 --num_operations 12 \
-        --eval_num_operations 24 --curriculum grow --layer_types full chained ...
+    python scripts/train_entity_tracking.py --task boxes --num_boxes 8 --max_objects 1 --expected_objects 1 \
+        --boxes_operations contents=1 --num_operations 12 --eval_num_operations 24 --curriculum grow \
+        --curriculum_boxes 8 --curriculum_loss 0.02 --curriculum_share 0.7 --changed_weight 3 --answer_order text \
+        --questions_per_text 8 --layer_types full chained --gamma 0.99 --diagonal keep --max_steps 5000 ...
+
+On from a released model, with words that it does not know:
+
+    python scripts/train_entity_tracking.py --task boxes --model_name_or_path model_cards/chacal-boxes --add_words ...
 
 Also --task random_chains, permutations, babi and propara. Two processes on CPU (`accelerate launch --cpu
 --num_processes 2` would start one); interrupted and taken up again:

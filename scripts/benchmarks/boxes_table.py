@@ -12,9 +12,9 @@ table of its own:
     done
     python scripts/benchmarks/boxes_table.py --runs runs/boxes-* --out boxes
 
-with RECIPE as in train_entity_tracking.py: files of the data set, or generated worlds that take depth
-(`--boxes_operations contents=1`, then with `--by implicit_hops`). Runs with the same layers are seeds of one model.
-Written to --out: results.json and a curve for each set. Intervals are Clopper-Pearson's, 95 %, of all seeds together.
+with RECIPE as in train_entity_tracking.py: files of the data set, or generated worlds that take depth (with --gamma
+0.99, and here `--by implicit_hops`). Runs with the same layers are seeds of one model. Written to --out: results.json
+and a curve for each set. Intervals are Clopper-Pearson's, 95 %, of all seeds together.
 """
 
 import json
