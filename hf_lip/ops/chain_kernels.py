@@ -66,9 +66,10 @@ def _online(scores, values, top, total, sums, PRECISION: tl.constexpr):
 
 @triton.jit
 def _neumann(strict_part, right, DOUBLINGS: tl.constexpr):
-    for _ in tl.static_range(DOUBLINGS):
-        right += tl.dot(strict_part, right, input_precision="ieee")
-        strict_part = tl.dot(strict_part, strict_part, input_precision="ieee")
+    # not unrolled: it would take minutes to compile
+    for _ in range(DOUBLINGS):
+        right += tl.dot(strict_part, right, input_precision="tf32x3")
+        strict_part = tl.dot(strict_part, strict_part, input_precision="tf32x3")
     return right
 
 
@@ -159,7 +160,7 @@ def solve_kernel(
             inner *= factor[:, None]
         solved = _neumann(inner, right, DOUBLINGS)
         _store(chained, solved, head, rows, num_rows, feature_e, E)
-        result = past + tl.dot(weights, solved, input_precision="ieee")
+        result = past + tl.dot(weights, solved, input_precision="tf32x3")
         _store(output, result, head, rows, num_rows, feature_e, E)
         tl.store(log_sum + head * num_rows + rows, row_sum, mask=rows < num_rows)
         # the next tile reads the Z that other threads of this program have written
@@ -266,7 +267,7 @@ def solve_backward_kernel(
         weights = tl.where(local[:, None] >= local[None, :], tl.exp(scores - row_sum[:, None]), 0.0)
         own = tl.sum(tl.where(local[:, None] == local[None, :], weights, 0.0), 1)
         row_grad = _load(grad, head, columns, num_rows, feature_e, E)
-        right = sum_values + tl.dot(tl.trans(weights), row_grad, input_precision="ieee")
+        right = sum_values + tl.dot(tl.trans(weights), row_grad, input_precision="tf32x3")
         inner = discount * tl.where(local[:, None] > local[None, :], weights, 0.0)
         if STRICT:
             solved = _neumann(tl.trans(inner), right, DOUBLINGS)
@@ -276,14 +277,14 @@ def solve_backward_kernel(
         row_handed = row_grad + discount * solved
         row_output = _load(output, head, columns, num_rows, feature_e, E)
         row_delta = tl.sum(row_handed * row_output, 1)
-        grad_scores = tl.dot(row_handed, tl.trans(values), input_precision="ieee")
+        grad_scores = tl.dot(row_handed, tl.trans(values), input_precision="tf32x3")
         if STRICT:
             diagonal = discount * tl.sum(solved * values, 1)
             grad_scores -= tl.where(local[:, None] == local[None, :], diagonal[:, None], 0.0)
             row_delta -= own * diagonal
         grad_scores = (grad_scores - row_delta[:, None]) * weights * scaling
-        sum_key += tl.dot(tl.trans(grad_scores), own_query.to(tl.float32), input_precision="ieee")
-        sum_query = tl.dot(grad_scores, column_key.to(tl.float32), input_precision="ieee")
+        sum_key += tl.dot(tl.trans(grad_scores), own_query.to(tl.float32), input_precision="tf32x3")
+        sum_query = tl.dot(grad_scores, column_key.to(tl.float32), input_precision="tf32x3")
         _store(grad_query, sum_query, head, columns, num_rows, feature_d, D)
         _store(grad_key, sum_key, head, columns, num_rows, feature_d, D)
         _store(grad_chained, solved, head, columns, num_rows, feature_e, E)

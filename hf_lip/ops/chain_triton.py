@@ -18,9 +18,11 @@ from torch import Tensor
 from .chain_blocked import Layout
 
 
-TILE = 64
+# rows of a tile on the diagonal; larger ones take minutes to compile, and spill
+TILE = 32
 CHUNK = 512
-LARGEST_HEAD = 256
+# beyond, registers and shared memory do not suffice
+LARGEST_HEAD = 128
 # (I + N)(I + N^2)... ends when the power of the strictly triangular N reaches the size of the tile
 DOUBLINGS = TILE.bit_length() - 1
 
@@ -33,7 +35,7 @@ def _kernels() -> Any:
 
 
 def can_use_triton(query: Tensor, value: Tensor, required: bool = False) -> bool:
-    """True on CUDA where Triton is installed, for float32, bfloat16 and float16 and heads of up to 256 features.
+    """True on CUDA where Triton is installed, for float32, bfloat16 and float16 and heads of up to 128 features.
 
     Args:
         query, value: (B, H, n, D) and (B, H, n, E).
@@ -80,16 +82,22 @@ def _shared(query: Tensor, value: Tensor, gamma: Tensor, layout: Layout, scaling
         "HAS_SEGMENTS": layout.segments is not None,
         "D": query.shape[-1],
         "E": value.shape[-1],
-        "TILE": TILE,
         "BLOCK_D": _power_of_two(query.shape[-1]),
         "BLOCK_E": _power_of_two(value.shape[-1]),
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": "tf32x3" if exact else "tf32",
         "bias_width": layout.past + length,
+        "num_warps": 4 if max(query.shape[-1], value.shape[-1]) <= 64 else 8,
+        "num_stages": 1 if query.dtype == torch.float32 else 2,
     }
 
 
-def _tiles(length: int) -> int:
-    return -(-length // TILE)
+def _rectangle_tile(query: Tensor, value: Tensor) -> int:
+    """Rows and columns of a tile off the diagonal: as many as shared memory has room for."""
+    return 64 if query.dtype != torch.float32 and max(query.shape[-1], value.shape[-1]) <= 64 else 32
+
+
+def _tiles(length: int, size: int) -> int:
+    return -(-length // size)
 
 
 def _chunks(length: int) -> list[tuple[int, int]]:
@@ -116,11 +124,12 @@ def triton_forward(
     chained = torch.empty_like(output)
     log_sum = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     common = {**_shared(query, value, gamma, layout, scaling), "output": output, "log_sum": log_sum}
-    per_head = {"gamma": common.pop("gamma"), "STRICT": strict, "DOUBLINGS": DOUBLINGS}
+    per_head = {"gamma": common.pop("gamma"), "STRICT": strict, "DOUBLINGS": DOUBLINGS, "TILE": TILE}
+    tile = _rectangle_tile(query, value)
     has_past = past_key is not None
     if past_key is not None and past_chained is not None:
         past = past_key.shape[2]
-        kernels.rectangle_kernel[(_tiles(length), programs)](
+        kernels.rectangle_kernel[(_tiles(length, tile), programs)](
             key=past_key.contiguous(),
             chained=past_chained.contiguous(),
             row_low=0,
@@ -129,11 +138,12 @@ def triton_forward(
             column_high=past,
             bias_start=0,
             MERGE=False,
+            TILE=tile,
             **{**common, "HAS_SEGMENTS": False},
         )
     for low, high in _chunks(length):
         if low:
-            kernels.rectangle_kernel[(_tiles(high - low), programs)](
+            kernels.rectangle_kernel[(_tiles(high - low, tile), programs)](
                 key=key,
                 chained=chained,
                 row_low=low,
@@ -142,6 +152,7 @@ def triton_forward(
                 column_high=low,
                 bias_start=layout.past,
                 MERGE=has_past,
+                TILE=tile,
                 **common,
             )
         kernels.solve_kernel[(programs,)](
@@ -191,7 +202,8 @@ def triton_backward(
         "handed": handed,
         "delta": delta,
     }
-    per_head = {"gamma": common.pop("gamma"), "STRICT": strict, "DOUBLINGS": DOUBLINGS}
+    per_head = {"gamma": common.pop("gamma"), "STRICT": strict, "DOUBLINGS": DOUBLINGS, "TILE": TILE}
+    tile = _rectangle_tile(query, chained)
     own = {"key": key, "chained": chained, "bias_start": layout.past}
     for low, high in reversed(_chunks(length)):
         kernels.solve_backward_kernel[(programs,)](
@@ -207,35 +219,42 @@ def triton_backward(
             **common,
         )
         if low:
-            kernels.columns_kernel[(_tiles(low), programs)](
+            kernels.columns_kernel[(_tiles(low, tile), programs)](
                 grad_key=grad_key,
                 grad_chained=grad_value,
                 row_low=low,
                 row_high=high,
                 num_columns=length,
                 column_high=low,
+                TILE=tile,
                 **own,
                 **common,
             )
-    rows_grid = (_tiles(length), programs)
-    kernels.rows_kernel[rows_grid](grad_query=grad_query, num_columns=length, PAST=False, **own, **common)
+    # the tile on the diagonal is done: the rows of a program are those of one
+    rows_grid = (_tiles(length, TILE), programs)
+    kernels.rows_kernel[rows_grid](grad_query=grad_query, num_columns=length, PAST=False, TILE=TILE, **own, **common)
     grad_past_key = grad_past_chained = None
     if past_key is not None and past_chained is not None:
         past = past_key.shape[2]
         cached: dict[str, Any] = {"key": past_key.contiguous(), "chained": past_chained.contiguous(), "bias_start": 0}
         common["HAS_SEGMENTS"] = False
-        grad_past_key, grad_past_chained = torch.zeros_like(cached["key"]), torch.zeros_like(cached["chained"])
-        kernels.columns_kernel[(_tiles(past), programs)](
+        grad_past_key, grad_past_chained = (
+            torch.zeros(cached[name].shape, dtype=torch.float32, device=device) for name in ("key", "chained")
+        )
+        kernels.columns_kernel[(_tiles(past, tile), programs)](
             grad_key=grad_past_key,
             grad_chained=grad_past_chained,
             row_low=0,
             row_high=length,
             num_columns=past,
             column_high=past,
+            TILE=tile,
             **cached,
             **common,
         )
-        kernels.rows_kernel[rows_grid](grad_query=grad_query, num_columns=past, PAST=True, **cached, **common)
+        kernels.rows_kernel[rows_grid](
+            grad_query=grad_query, num_columns=past, PAST=True, TILE=TILE, **cached, **common
+        )
     grad_gamma = torch.linalg.vecdot(grad_value, output).sum((0, 2))
     if strict:
         scores = torch.linalg.vecdot(query.float(), key.float()) * scaling

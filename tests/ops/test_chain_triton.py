@@ -34,7 +34,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    # two tiles a chunk, so that short sequences meet every kernel
+    # several tiles a chunk, so that short sequences meet every kernel
     monkeypatch.setattr(chain_triton, "CHUNK", 128)
 
 
@@ -116,7 +116,7 @@ def test_refusals():
     with pytest.raises(RuntimeError, match="float64"):
         chained_attention(query.double(), key.double(), value.double(), 0.5, backend="triton")
     wide = inputs(8, size=300)
-    with pytest.raises(RuntimeError, match="256 features"):
+    with pytest.raises(RuntimeError, match="128 features"):
         chained_attention(*wide, 0.5, backend="triton")
 
 
