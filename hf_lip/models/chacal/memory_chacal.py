@@ -24,7 +24,7 @@ class TokenMemory:
     def __init__(self, max_tokens: int | None = None):
         self.max_tokens = max_tokens
         self._memory: Tensor | None = None
-        self._count = 0
+        self._newest: Tensor | None = None  # what `extended` returned last
 
     def extended(self, held: Tensor | None, new: Tensor) -> Tensor:
         """`held` (None or empty: nothing yet) and `new` after it, joined along the tokens."""
@@ -36,28 +36,21 @@ class TokenMemory:
             return torch.cat([held, new], 2)
         total = count + new.shape[2]
         memory = self._memory
-        if memory is None or not self._continues(memory, held) or total > memory.shape[2]:
+        if memory is None or held is not self._newest or total > memory.shape[2] or self._is_locked(memory):
             room = max(total // _SHARE, _LEAST)
             capacity = total + room if self.max_tokens is None else max(self.max_tokens, total)
             memory = new.new_empty(*new.shape[:2], capacity, new.shape[3])
             memory[:, :, :count] = held
             self._memory = memory
         memory[:, :, count:total] = new
-        self._count = total
-        return memory[:, :, :total]
+        self._newest = memory[:, :, :total]
+        return self._newest
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._memory, self._count = None, 0
+        self._memory = self._newest = None
 
-    def _continues(self, memory: Tensor, held: Tensor) -> bool:
-        """Whether `held` is the newest state of the memory."""
-        return (
-            held.shape[2] == self._count
-            and held.data_ptr() == memory.data_ptr()
-            and held.shape[:2] == memory.shape[:2]
-            and held.shape[3] == memory.shape[3]
-            and held.device == memory.device
-            # made in inference mode, it can not be written on outside
-            and (torch.is_inference_mode_enabled() or not memory.is_inference())
-        )
+    @staticmethod
+    def _is_locked(memory: Tensor) -> bool:
+        """Whether it was made in inference mode and can not be written on here, outside of it."""
+        return memory.is_inference() and not torch.is_inference_mode_enabled()
