@@ -78,6 +78,7 @@ def chain(
     past_chained: Tensor | None = None,
     bias: Tensor | None = None,
     segments: Tensor | None = None,
+    past_seen: Tensor | None = None,
     *,
     scaling: float,
     strict: bool,
@@ -91,7 +92,8 @@ def chain(
         gamma: (H,).
         past_key, past_chained: (B, H_kv, p, D) and (B, H, p, E) of earlier tokens, or None.
         bias: None or (B, p + n), see `key_bias`.
-        segments: None or (B, n), numbers of packed sequences that never decrease; not together with a past.
+        segments: None or (B, n), numbers of packed sequences that never decrease; with a past, each continues from it.
+        past_seen: None or (B, n), how many of the earlier tokens each token sees; not with `triton`.
         scaling: factor of the scores.
         strict: leave the diagonal out of the solve.
         block: rows of a tile.
@@ -111,7 +113,8 @@ def chain(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         past_key = None if past_key is None else past_key.repeat_interleave(groups, 1)
-    if past_key is not None and past_chained is not None and length == 1 and not torch.is_grad_enabled():
+    alone = length == 1 and past_seen is None and not torch.is_grad_enabled()
+    if past_key is not None and past_chained is not None and alone:
         return single_step(query, key, value, gamma, past_key, past_chained, bias, scaling, strict)
     if not triton:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -130,6 +133,7 @@ def chain(
         past_chained,
         bias,
         segments,
+        past_seen,
         scaling,
         strict,
         block,
@@ -150,6 +154,7 @@ def chained_attention(
     segment_ids: Tensor | None = None,
     past_key: Tensor | None = None,
     past_chained: Tensor | None = None,
+    past_seen: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
     backend: str = "auto",
 ) -> ChainedAttention:
@@ -163,8 +168,10 @@ def chained_attention(
         normalize: divide by the row sums of the operator in place of multiplying by 1 - gamma (`keep`: the same).
         scaling: factor of the scores, D^-1/2 if None.
         key_mask: (B, p + n), 0 or False for padding. Rows that see no key give zeros.
-        segment_ids: (B, n) integers: a new packed sequence starts wherever the id changes. Not with a past.
+        segment_ids: (B, n) integers: a new packed sequence starts wherever the id changes. With a past, every one of
+            them continues from it: many questions on one text.
         past_key, past_chained: `key` and `chained` of earlier calls, joined along the tokens, for n further tokens.
+        past_seen: (B, n) integers: of the p earlier tokens each token sees the first so many; all if None.
         chunk_size: rows solved at a time; 128 is fastest on CPUs.
         backend: `torch`, `triton` (CUDA, or Triton's interpreter), or `auto`: Triton on CUDA where it is installed.
 
@@ -174,7 +181,7 @@ def chained_attention(
         RuntimeError: if `backend` is `triton` and it cannot be used.
     """
     check_names(diagonal=(diagonal, DIAGONALS), backend=(backend, BACKENDS))
-    check_shapes(query, key, value, past_key, past_chained, key_mask, segment_ids, chunk_size)
+    check_shapes(query, key, value, past_key, past_chained, key_mask, segment_ids, chunk_size, past_seen)
     if not torch.compiler.is_compiling():
         check_gamma(gamma, diagonal, normalize)
         check_finite(query=query, key=key, value=value)
@@ -197,10 +204,11 @@ def chained_attention(
         past_chained,
         key_bias(key_mask, dtype),
         segments,
+        past_seen,
         scaling=scaling,
         strict=diagonal == "strict",
         block=chunk_size,
-        triton=can_use_triton(query, value, required=backend == "triton") and backend != "torch",
+        triton=can_use_triton(query, value, past_seen, required=backend == "triton") and backend != "torch",
     )
     output = row_normalized(output, size) if normalize else output * (1.0 - discounts)[:, None, None]
     return ChainedAttention(output.to(query.dtype), key, chained)

@@ -78,6 +78,7 @@ def check_shapes(
     key_mask: Tensor | None,
     segment_ids: Tensor | None,
     chunk_size: int,
+    past_seen: Tensor | None = None,
 ) -> None:
     """Raise ValueError unless the shapes are those that `chained_attention` documents."""
     if any(tensor.ndim != 4 for tensor in (query, key, value)):
@@ -101,12 +102,14 @@ def check_shapes(
                 f"`past_key` {tuple(past_key.shape)} and `past_chained` {tuple(past_chained.shape)} must have shapes "
                 f"({batch}, {kv_heads}, p, features) and ({batch}, {heads}, p, features): Z has one head a query head."
             )
-        if segment_ids is not None:
-            raise ValueError("`segment_ids` cannot be combined with a past: continue packed sequences one by one.")
     if key_mask is not None and key_mask.shape != (batch, past + length):
         raise ValueError(f"`key_mask` must have shape ({batch}, {past + length}), got {tuple(key_mask.shape)}.")
     if segment_ids is not None and segment_ids.shape != (batch, length):
         raise ValueError(f"`segment_ids` must have shape ({batch}, {length}), got {tuple(segment_ids.shape)}.")
+    if past_seen is not None and (past_key is None or past_seen.shape != (batch, length)):
+        raise ValueError(
+            f"`past_seen` must have shape ({batch}, {length}) and come with a past, got {tuple(past_seen.shape)}."
+        )
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
 

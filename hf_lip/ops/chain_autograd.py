@@ -24,12 +24,13 @@ def _forward(
     past_chained: Tensor | None,
     bias: Tensor | None,
     segments: Tensor | None,
+    past_seen: Tensor | None,
     scaling: float,
     strict: bool,
     block: int,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = Layout(0 if past_key is None else past_key.shape[2], bias, segments)
+    layout = Layout(0 if past_key is None else past_key.shape[2], bias, segments, past_seen)
     run = triton_forward if triton else blocked_forward
     with torch.autocast(query.device.type, enabled=False):
         return run(query, key, value, gamma, past_key, past_chained, layout, scaling, strict, block)
@@ -49,12 +50,13 @@ def _backward(
     past_chained: Tensor | None,
     bias: Tensor | None,
     segments: Tensor | None,
+    past_seen: Tensor | None,
     scaling: float,
     strict: bool,
     block: int,
     triton: bool,
 ) -> list[Tensor]:
-    layout = Layout(0 if past_key is None else past_key.shape[2], bias, segments)
+    layout = Layout(0 if past_key is None else past_key.shape[2], bias, segments, past_seen)
     run = triton_backward if triton else blocked_backward
     with torch.autocast(query.device.type, enabled=False):
         gradients = run(
@@ -82,7 +84,7 @@ _backward_node = torch.library.custom_op("hf_lip::chained_attention_backward", _
 
 
 @_forward_node.register_fake
-def _(query, key, value, gamma, past_key, past_chained, bias, segments, scaling, strict, block, triton):
+def _(query, key, value, gamma, past_key, past_chained, bias, segments, past_seen, scaling, strict, block, triton):
     batch, heads, length, _ = query.shape
     kept = value.new_empty(value.shape, dtype=gamma.dtype)
     tiles = (0,) if triton else (batch * heads, length, min(block, length))
@@ -112,6 +114,7 @@ class ChainedAttentionFunction(torch.autograd.Function):
         past_chained: Tensor | None,
         bias: Tensor | None,
         segments: Tensor | None,
+        past_seen: Tensor | None,
         scaling: float,
         strict: bool,
         block: int,
@@ -119,10 +122,10 @@ class ChainedAttentionFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         run = _forward_node if torch.compiler.is_compiling() else _forward
         output, chained, log_sum, tiles = run(
-            query, key, value, gamma, past_key, past_chained, bias, segments, scaling, strict, block, triton
+            query, key, value, gamma, past_key, past_chained, bias, segments, past_seen, scaling, strict, block, triton
         )
         ctx.save_for_backward(
-            query, key, chained, output, log_sum, tiles, gamma, past_key, past_chained, bias, segments
+            query, key, chained, output, log_sum, tiles, gamma, past_key, past_chained, bias, segments, past_seen
         )
         ctx.arguments = (scaling, strict, block, triton)
         inputs = (query, key, value, gamma, past_key, past_chained)
@@ -139,4 +142,4 @@ class ChainedAttentionFunction(torch.autograd.Function):
         run = _backward_node if torch.compiler.is_compiling() else _backward
         gradients = run(grad, grad_chained, query, key, chained, output, *rest, *ctx.arguments)
         gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)]
-        return (*gradients, *([None] * (12 - len(gradients))))
+        return (*gradients, *([None] * (13 - len(gradients))))

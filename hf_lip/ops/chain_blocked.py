@@ -48,11 +48,13 @@ class Layout:
         past: columns before the first row (cached tokens).
         bias: None or (B, past + n), 0 for keys that are seen and `MASKED` for padding.
         segments: None or (B, n), the number of the packed sequence a token belongs to, never decreasing.
+        past_seen: None or (B, n), how many of the columns before the first row a token sees.
     """
 
     past: int
     bias: Tensor | None
     segments: Tensor | None
+    past_seen: Tensor | None = None
 
     def rectangle(self, low: int, high: int, first: int, last: int) -> Tensor | None:
         """Mask of rows low:high over columns first:last, both counted without the past: (B, 1, 1 or rows, columns)."""
@@ -77,7 +79,13 @@ class Layout:
         return mask
 
     def past_mask(self) -> Tensor | None:
-        return None if self.bias is None else self.bias[:, None, None, : self.past]
+        """Mask of all rows over the columns before the first: (B, 1, 1 or n, past)."""
+        mask = None if self.bias is None else self.bias[:, None, None, : self.past]
+        if self.past_seen is not None:
+            columns = torch.arange(self.past, device=self.past_seen.device)
+            later = (columns >= self.past_seen[:, None, :, None]) * MASKED
+            mask = later if mask is None else torch.minimum(mask, later)
+        return mask
 
 
 @lru_cache(maxsize=256)

@@ -34,11 +34,12 @@ def _kernels() -> Any:
     return chain_kernels
 
 
-def can_use_triton(query: Tensor, value: Tensor, required: bool = False) -> bool:
+def can_use_triton(query: Tensor, value: Tensor, past_seen: Tensor | None = None, required: bool = False) -> bool:
     """True on CUDA where Triton is installed, for float32, bfloat16 and float16 and heads of up to 128 features.
 
     Args:
         query, value: (B, H, n, D) and (B, H, n, E).
+        past_seen: as in `chained_attention`; the kernels have no masks by row.
         required: raise instead of returning False; Triton's interpreter (TRITON_INTERPRET=1) then counts as a device.
 
     Raises:
@@ -51,6 +52,8 @@ def can_use_triton(query: Tensor, value: Tensor, required: bool = False) -> bool
         reason = f"{query.dtype} is not supported"
     elif max(query.shape[-1], value.shape[-1]) > LARGEST_HEAD:
         reason = f"heads have more than {LARGEST_HEAD} features"
+    elif past_seen is not None:
+        reason = "`past_seen` is not supported"
     elif importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed (`pip install triton`)"
     if reason is not None and required:

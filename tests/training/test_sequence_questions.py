@@ -110,6 +110,17 @@ class TestPacking:
                 found[1][1][key], gradient, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
             )
 
+    @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+    def test_texts_may_have_different_numbers_of_questions(self, build):
+        model = build().eval()
+        (first, several), (second, others), *_ = pairs()
+        texts = [(first, several[:1]), (second, others[:4]), (first, several[1:3])]
+        with torch.no_grad():
+            packed, rows = (sequence_logits(model, make(texts)) for make in (packed_batch, row_batch))
+        for (_, question), row, alone in zip([(i, q) for i, qs in texts for q in qs], packed, rows, strict=True):
+            count, length = question.seen, len(question.ids)
+            torch.testing.assert_close(row[:length], alone[count : count + length], rtol=0, atol=1e-5)
+
     def test_questions_see_neither_each_other_nor_what_comes_after_them(self):
         model = ChacalForCausalLM(ChacalConfig(**SIZES)).eval()
         batch = packed_batch(pairs())

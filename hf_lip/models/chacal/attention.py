@@ -26,12 +26,14 @@ class ChainContext:
     Attributes:
         past: columns of the cache to read, 0 for none. A static cache is read whole in compiled graphs.
         bias: None or (B, past + n), 0 for keys that are seen, a large negative number for others.
-        segments: None or (B, n), numbers of packed sequences.
+        segments: None or (B, n), numbers of packed sequences, each of which continues from the cache.
+        past_seen: None or (B, n), how many columns of the cache a token sees.
     """
 
     past: int
     bias: Tensor | None
     segments: Tensor | None
+    past_seen: Tensor | None = None
 
 
 class ChacalAttention(nn.Module):
@@ -146,10 +148,11 @@ class ChacalAttention(nn.Module):
             past_chained,
             context.bias,
             context.segments,
+            context.past_seen,
             scaling=self.scaling,
             strict=config.diagonal == "strict",
             block=config.chunk_size,
-            triton=can_use_triton(query, value),
+            triton=can_use_triton(query, value, context.past_seen),
         )
         if past_key_values is not None:
             # Z of `keep` can be many times larger than V, and its rounding with it (chacal 2.5)
@@ -174,7 +177,12 @@ class ChacalAttention(nn.Module):
         if context.bias is not None:
             seen = seen & (context.bias[:, None, None, :] == 0)
         if context.segments is not None:
-            seen = seen & (context.segments[:, None, :, None] == context.segments[:, None, None, :])
+            same = context.segments[:, None, :, None] == context.segments[:, None, None, :]
+            seen = seen & F.pad(same, (total - length, 0), value=True)
+        if context.past_seen is not None:
+            before = torch.arange(total, device=query.device) < context.past_seen[:, None, :, None]
+            before[..., total - length :] = True
+            seen = seen & before
         return attention_matrix(query.float(), keys.float(), self.scaling, seen)
 
     @staticmethod

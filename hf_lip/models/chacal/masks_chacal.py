@@ -15,7 +15,7 @@ from .configuration_chacal import ChacalConfig
 
 
 def chain_context(
-    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    attention_mask: Tensor | dict[str, Any] | None,
     cache: Cache | None,
     segments: Tensor | None,
     inputs_embeds: Tensor,
@@ -23,7 +23,7 @@ def chain_context(
     """The context of a forward pass over (B, n) new tokens.
 
     Args:
-        attention_mask: None, (B, past + n), or what `create_masks` returned.
+        attention_mask: None, (B, past + n), or for each type of layer what `create_masks` returned, or the context.
         cache: None, or the cache before this pass.
         segments: None or (B, n).
         inputs_embeds: (B, n, width).
@@ -34,6 +34,8 @@ def chain_context(
     batch, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, dict):
         bias = attention_mask["chained_attention"]
+        if isinstance(bias, ChainContext):
+            return bias
         return ChainContext(0 if bias is None else bias.shape[1] - length, bias, segments)
     static = isinstance(cache, Cache) and cache.is_compileable
     if static and torch.compiler.is_compiling():

@@ -164,7 +164,7 @@ class ChacalModel(ChacalPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -174,7 +174,9 @@ class ChacalModel(ChacalPreTrainedModel):
         """
         Args:
             input_ids: (B, n) tokens, or `inputs_embeds` (B, n, hidden_size).
-            attention_mask: (B, past + n), 0 for padding on either side; or what `create_masks_for_generate` returns.
+            attention_mask: (B, past + n), 0 for padding on either side; or for each type of layer what
+                `create_masks_for_generate` returns: of `chained_attention` also a `ChainContext`, for several
+                sequences that continue from one cache.
             position_ids: (B or 1, n). Without a mask and a cache, a position that does not follow the one before it
                 starts a new packed sequence, which sees nothing of the others.
             past_key_values: a cache of earlier tokens, with this config's layers.
@@ -264,7 +266,7 @@ class ChacalForCausalLM(ChacalPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
