@@ -107,7 +107,7 @@ def _run_beside(part: nn.Module, model: PreTrainedModel, batch: Batch) -> Any:
         input_ids=spread(ids).flatten(1),
         attention_mask={
             "full_attention": torch.cat([of_text, own], 2).unsqueeze(1),
-            "chained_attention": ChainContext(num_places, None, segments, past_seen),
+            "chained_attention": ChainContext(num_places, segments=segments, past_seen=past_seen),
         },
         position_ids=spread(_positions(batch)).flatten(1),
         past_key_values=cache,

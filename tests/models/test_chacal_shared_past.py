@@ -71,7 +71,7 @@ def test_in_a_model_with_a_cache(implementation):
         together = model(
             ids[:, PAST:],
             position_ids=order.expand(len(ids), -1),
-            attention_mask={"chained_attention": ChainContext(PAST, None, segments, seen)},
+            attention_mask={"chained_attention": ChainContext(PAST, segments=segments, past_seen=seen)},
             past_key_values=cache,
             output_attentions=eager,
         )

@@ -31,8 +31,8 @@ class ChainContext:
     """
 
     past: int
-    bias: Tensor | None
-    segments: Tensor | None
+    bias: Tensor | None = None
+    segments: Tensor | None = None
     past_seen: Tensor | None = None
 
 
