@@ -2,7 +2,6 @@
 """The training loop: steps, schedules, evaluation after epochs, checkpoints, the time limit."""
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from .averaging import EvaluationCopy
 from .checkpoints import RunState, save_checkpoint
 from .evaluation import describe
 from .objective import Objective
+from .run_clock import RunClock
 from .schedules import LEARNING_RATE_SCHEDULES
 
 
@@ -62,13 +62,13 @@ def train_model(
     total_steps = args.num_train_epochs * steps_per_epoch
     interval = args.checkpoint_interval(steps_per_epoch)
     model, plain_model = objective.model, objective.plain_model
-    started, cpu_started = time.perf_counter() - state.seconds, time.process_time() - state.cpu_seconds
+    clock = RunClock(accelerator, state.seconds, state.cpu_seconds)
     loss_sum = torch.tensor(state.loss_sum, dtype=torch.float64, device=accelerator.device)
 
     def measure() -> float:
         """Bring `state` up to date; the mean loss of the epoch so far."""
         state.loss_sum = accelerator.reduce(loss_sum, reduction="mean").item()
-        state.seconds, state.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        state.seconds, state.cpu_seconds = clock.seconds(), clock.cpu_seconds()
         if not (math.isfinite(state.loss_sum) and all(p.isfinite().all() for p in plain_model.parameters())):
             raise RuntimeError(DIVERGED.format(state.step))
         return state.loss_sum / ((state.step - 1) % steps_per_epoch + 1)
@@ -82,7 +82,7 @@ def train_model(
     while state.step < total_steps:
         # one clock decides for all processes
         limit = args.max_train_seconds
-        if limit is not None and broadcast_object_list([time.perf_counter() - started > limit])[0]:
+        if limit is not None and broadcast_object_list([clock.seconds() > limit])[0]:
             measure()
             save()
             accelerator.print(f"Stopped after {state.seconds:.0f} s at step {state.step} of {total_steps}.")

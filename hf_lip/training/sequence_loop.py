@@ -2,7 +2,6 @@
 """The training loop of sequence models: steps, schedule, evaluation, checkpoints, the time limit."""
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data.tracking_tokenizer import IGNORED
 from ..models.chacal.gamma_chacal import ChacalGamma
+from .run_clock import RunClock
 from .schedules import constant, cosine, linear, stable_decay, with_warmup
 from .sequence_arguments import SequenceTrainingArguments
 from .sequence_checkpoints import SequenceRunState, save_sequence_checkpoint
@@ -125,7 +125,7 @@ def train_sequence_model(
     """
     num_steps, output_dir = len(batches), Path(args.output_dir)
     warmup_share = min(args.warmup_steps / num_steps, 1.0)
-    started, cpu_started = time.perf_counter() - state.seconds, time.process_time() - state.cpu_seconds
+    clock = RunClock(accelerator, state.seconds, state.cpu_seconds)
     device, processes = accelerator.device, accelerator.num_processes
     # of this process; the sum over the processes is the state's
     loss_sum = torch.tensor(state.loss_sum / processes, dtype=torch.float64, device=device)
@@ -136,7 +136,7 @@ def train_sequence_model(
     def measure() -> float:
         """Bring `state` up to date; the mean loss since the last history entry."""
         state.loss_sum = accelerator.reduce(loss_sum, reduction="sum").item()
-        state.seconds, state.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        state.seconds, state.cpu_seconds = clock.seconds(), clock.cpu_seconds()
         if not (math.isfinite(state.loss_sum) and finite()):
             raise RuntimeError(DIVERGED.format(state.step))
         return state.loss_sum / max(state.loss_steps, 1)
@@ -152,7 +152,7 @@ def train_sequence_model(
     while state.step < num_steps:
         # one clock decides for all processes
         limit = args.max_train_seconds
-        if limit is not None and broadcast_object_list([time.perf_counter() - started > limit])[0]:
+        if limit is not None and broadcast_object_list([clock.seconds() > limit])[0]:
             measure()
             save()
             accelerator.print(f"Stopped after {state.seconds:.0f} s at step {state.step} of {num_steps}.")
