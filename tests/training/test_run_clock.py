@@ -8,13 +8,16 @@ import pytest
 
 
 PROGRAM = """
+from pathlib import Path
+
 from accelerate import Accelerator
 from hf_lip.training.run_clock import RunClock
 
 accelerator = Accelerator(cpu=True)
 readings = iter([10.0, 13.0, 14.0] if accelerator.is_main_process else [100.0, 120.0, 127.0])
 clock = RunClock(accelerator, seconds=1000.0, cpu_seconds=500.0, cpu_time=lambda: next(readings))
-print(f"{clock.cpu_seconds()} {clock.cpu_seconds()} {clock.seconds() >= 1000.0}", flush=True)
+found = f"{clock.cpu_seconds()} {clock.cpu_seconds()} {clock.seconds() >= 1000.0}"
+Path(__file__).with_name(f"{accelerator.process_index}.txt").write_text(found)
 accelerator.end_training()
 """
 
@@ -31,4 +34,4 @@ def test_counts_every_process_and_what_came_before(processes, line, tmp_path):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split("\n")[:processes] == [line] * processes
+    assert [path.read_text() for path in sorted(tmp_path.glob("*.txt"))] == [line] * processes
